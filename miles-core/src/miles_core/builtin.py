@@ -1,0 +1,1 @@
+"""What core itself offers, declared like any plugin."""

@@ -1,0 +1,1 @@
+"""Ray: placement, actors, supervision. The only package that imports ray."""

@@ -1,0 +1,1 @@
+"""Run files: TOML and overrides become frozen dataclasses, each value with its origin."""

@@ -1,0 +1,280 @@
+"""The sections of a run file that core owns, and the `Plan`: a run with every name resolved and every value checked.
+
+Sections whose component comes from a plugin hold core's own keys (named here) beside the component's options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from miles_core.roles import PauseMode
+from miles_core.sample import Sampling
+from miles_core.specs import Options, Spec
+
+Aggregation = Literal["token", "sequence", "sequence-sum", "group", "constant"]
+
+
+def _positive(section: str, **values: float) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{section}.{name} must be at least 1, got {value}")
+
+
+def _not_negative(section: str, **values: float) -> None:
+    for name, value in values.items():
+        if value < 0:
+            raise ValueError(f"{section}.{name} must not be negative, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """`[schedule]`: how much of everything.
+
+    A step trains on `prompts_per_step * samples_per_prompt` samples: `updates_per_batch` passes over them, each in
+    `minibatches` optimizer steps of about equally many samples. `max_staleness` is how many weight versions a sample
+    may lag behind when it is trained: 0 is synchronous, 1 one step ahead, k fully asynchronous.
+    """
+
+    steps: int
+    prompts_per_step: int
+    samples_per_prompt: int = 1
+    updates_per_batch: int = 1
+    minibatches: int = 1
+    max_staleness: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(
+            "schedule",
+            steps=self.steps,
+            prompts_per_step=self.prompts_per_step,
+            samples_per_prompt=self.samples_per_prompt,
+            updates_per_batch=self.updates_per_batch,
+            minibatches=self.minibatches,
+        )
+        _not_negative("schedule", max_staleness=self.max_staleness)
+        if self.minibatches > self.prompts_per_step * self.samples_per_prompt:
+            raise ValueError(f"schedule.minibatches ({self.minibatches}) exceeds the samples of a step")
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole stage."""
+        return self.steps * self.updates_per_batch * self.minibatches
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """`[model]`: `path`, a Hugging Face folder or hub name; or `family` with `config` (fields of its config.json) and
+    `tokenizer`, for a new model with random weights. max_tokens: longest prompt plus response; dtype: of the engine.
+    """
+
+    path: str | None = None
+    family: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str = "bytes"
+    max_tokens: int = 2048
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.family is None):
+            raise ValueError("model needs either `path` or `family`, and not both")
+        _positive("model", max_tokens=self.max_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSection:
+    """`[loss]`, beside the loss's own options. aggregation: how per-token losses become one number, through
+    `Batch.weights`; see `miles_core.run.weights`. aggregation_length: the constant of "constant"."""
+
+    name: str
+    aggregation: Aggregation = "token"
+    aggregation_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.aggregation == "constant") != (self.aggregation_length is not None):
+            raise ValueError('loss.aggregation_length goes with loss.aggregation = "constant", and only with it')
+        if self.aggregation_length is not None:
+            _positive("loss", aggregation_length=self.aggregation_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSection:
+    """`[reward]` or each `[[reward]]`, beside the reward's own options. The sample's reward is the weighted sum.
+    timeout_s: for the samples of one prompt; past it they are marked and counted as failed."""
+
+    name: str
+    weight: float = 1.0
+    timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.timeout_s <= 0:
+            raise ValueError(f"reward.timeout_s must be positive, got {self.timeout_s}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSection:
+    """`[engine]`, beside the engine's own options. count: engines; each has `gpus` GPUs, or `threads` CPU threads."""
+
+    name: str
+    count: int = 1
+    gpus: int = 0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        _positive("engine", count=self.count, threads=self.threads)
+        _not_negative("engine", gpus=self.gpus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSection:
+    """`[trainer]`, beside the trainer's own options. gpus: one rank each; ranks: without GPUs, each on `threads` CPU
+    threads."""
+
+    name: str
+    gpus: int = 0
+    ranks: int = 1
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        _positive("trainer", ranks=self.ranks, threads=self.threads)
+        _not_negative("trainer", gpus=self.gpus)
+        if self.gpus and self.ranks != 1:
+            raise ValueError("trainer.ranks is for CPUs; with trainer.gpus there is one rank a GPU")
+
+    @property
+    def world_size(self) -> int:
+        """Number of trainer ranks."""
+        return self.gpus or self.ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSection:
+    """`[evaluation]`: before the first step, every `every` steps and after the last, on `prompts` prompts of the data
+    source's "eval" split, `samples_per_prompt` each at `temperature`. every = 0 switches it off."""
+
+    every: int = 0
+    prompts: int = 128
+    samples_per_prompt: int = 1
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        _not_negative("evaluation", every=self.every, temperature=self.temperature)
+        _positive("evaluation", prompts=self.prompts, samples_per_prompt=self.samples_per_prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSection:
+    """`[checkpoint]`: every `every` steps and at the end; 0 means only at the end. keep: newest ones kept."""
+
+    every: int = 0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _not_negative("checkpoint", every=self.every)
+        _positive("checkpoint", keep=self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishSection:
+    """`[publish]`: mode: how engines stop for new weights; see `roles.PauseMode`."""
+
+    mode: PauseMode = "drain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSection:
+    """`[cluster]`: address of a running Ray cluster, or None for one on this machine that lives as long as the run.
+    deadline_s: the longest wait for any process before it is named as late and the run stops."""
+
+    address: str | None = None
+    deadline_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.deadline_s <= 0:
+            raise ValueError(f"cluster.deadline_s must be positive, got {self.deadline_s}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginsSection:
+    """`[plugins]`: disable: distributions that are not loaded for this run."""
+
+    disable: tuple[str, ...] = ()
+
+
+# ---- The plan: everything above with its components resolved ------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """A record, who declared it, and its options (an instance of its options dataclass, or None)."""
+
+    spec: Spec
+    plugin: str
+    options: Options = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of a run with its own data, rollout, rewards, loss and schedule. Weights go on from stage to stage.
+
+    trainer: the run's trainer with this stage's options. first_step: steps of the stages before it.
+    """
+
+    name: str
+    first_step: int
+    schedule: Schedule
+    sampling: Sampling
+    data: Component
+    rollout: Component
+    rewards: tuple[tuple[Component, RewardSection], ...]
+    filters: tuple[Component, ...]
+    advantage: Component
+    loss: Component
+    loss_section: LossSection
+    trainer: Component
+
+    @property
+    def last_step(self) -> int:
+        """The step after which the stage is over."""
+        return self.first_step + self.schedule.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A whole run, checked. Picklable; every process gets it. needs no torch.
+
+    folder: the run folder, not yet made. engine, sync: None if no stage generates and nothing is evaluated.
+    values: the resolved run file, nested; origins: dotted name -> where the value came from.
+    plugin_set: the plugins that every process must load, as (distribution, version, entry point value).
+    """
+
+    name: str
+    folder: Path
+    seed: int
+    model: ModelSection
+    engine: Component | None
+    engine_section: EngineSection | None
+    trainer: Component
+    trainer_section: TrainerSection
+    sync: Component | None
+    evaluation: EvaluationSection
+    checkpoint: CheckpointSection
+    publish: PublishSection
+    cluster: ClusterSection
+    stages: tuple[Stage, ...]
+    callbacks: tuple[Component, ...]
+    trackers: tuple[Component, ...]
+    plugin_set: tuple[tuple[str, str, str], ...]
+    values: Mapping[str, Any]
+    origins: Mapping[str, str]
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return self.stages[-1].last_step
+
+    def stage_of(self, step: int) -> Stage:
+        """The stage that step number `step` (from 0) belongs to."""
+        return next(stage for stage in self.stages if step < stage.last_step)

@@ -1,0 +1,422 @@
+"""Protocols of the components: what an Engine, a Trainer, a Reward … must do.
+
+Shapes: T trained tokens of a micro-batch; S samples; N all tokens of a batch.
+Tensors are torch tensors, but core never imports torch: it only passes them on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miles_core.sample import Batch, Completion, Group, IntArray, Prompt, Request, Sample, Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PauseMode = Literal["drain", "abort", "retract", "in-place"]
+"""How an engine stops for new weights. drain: what runs is finished first. abort: what runs returns as it is, status
+"aborted". retract: what runs goes back to the queue with the tokens it has, and its cache is computed again with the
+new weights. in-place: what runs goes on with its old cache and the new weights."""
+
+
+# ---- Losses and advantages: pure functions of records -------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """Which sample each trained token belongs to, and sums over samples.
+
+    ids: int64 tensor [T], 0 … count - 1. reduce adds up [count] partial sums over context-parallel ranks with a
+    gradient; it is the identity where a sample lies whole on one rank. A loss that needs anything per sequence takes it
+    from here and so knows nothing of parallelism.
+    """
+
+    ids: Tensor
+    count: int
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[T] -> [count], the sum over each sample's trained tokens."""
+        return self.reduce(values.new_zeros(self.count).index_add(0, self.ids, values))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """[T] -> [count], the mean over each sample's trained tokens; 0 for a sample that has none."""
+        return self.sum(values) / self.sum(values.new_ones(values.shape)).clamp(min=1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[count] -> [T], each sample's value at each of its tokens."""
+        return values[self.ids]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """What a loss may read; T counts the trained tokens only (mask true), so nothing has to be masked.
+
+    logprobs: [T], of the policy being trained, with gradient. The others have none and are None unless the loss's
+    record says it needs them: advantages, returns, old_logprobs (the policy before this batch's first update),
+    rollout_logprobs (the engine's), ref_logprobs (frozen reference), old values; entropy [T] (with gradient) and
+    values [T] (critic, with gradient).
+    """
+
+    logprobs: Tensor
+    segments: Segments
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    rollout_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    old_values: Tensor | None = None
+    values: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutputs:
+    """losses: [T], one per trained token, never averaged; the trainer sums `weights * losses`.
+
+    metrics: name -> [T] without gradient; the step reports each one's mean over all trained tokens.
+    """
+
+    losses: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Loss(Protocol):
+    """A pure function of a record and its options. Runs on every trainer rank, once a micro-batch."""
+
+    def __call__(self, inputs: LossInputs, options: Any) -> LossOutputs: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageInputs:
+    """rewards: float64 [S]. reward_parts: each component before weighting, float64 [S]. groups: int64 [S], equal for
+    the samples of one prompt. segment_ids: int64 [N], the sample of each token. mask: bool [N], trained tokens.
+    columns: the token columns [N] that the record says it needs.
+    """
+
+    rewards: NDArray[np.float64]
+    reward_parts: Mapping[str, NDArray[np.float64]]
+    groups: NDArray[np.int64]
+    segment_ids: NDArray[np.int64]
+    mask: NDArray[np.bool_]
+    columns: Mapping[str, NDArray[np.floating[Any]]] = field(default_factory=dict)
+
+
+class Advantage(Protocol):
+    """A pure numpy function. Returns the token columns that its record `gives`, float64 [N], 0 where masked.
+
+    Runs once a batch, in the collector.
+    """
+
+    def __call__(self, inputs: AdvantageInputs, options: Any) -> Mapping[str, NDArray[np.float64]]: ...
+
+
+# ---- Data, rewards, filters, rollouts: in the collector ---------------------------------------------------------
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that Miles uses."""
+
+    eos_token_id: int | None
+    pad_token_id: int | None
+    chat_template: str | None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> str: ...
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataContext:
+    """What a data source is built with. max_prompt_tokens: longer prompts do not fit and must be dropped or refused.
+
+    seed: of the run; split: "train" or "eval", whose prompts must be disjoint where the source makes them up.
+    """
+
+    tokenizer: Tokenizer
+    max_prompt_tokens: int
+    seed: int
+    split: Literal["train", "eval"] = "train"
+
+
+class DataSource(Protocol):
+    """An endless sequence of prompts, built as `Class(options, context)`. Runs in the collector.
+
+    `Prompt.id` counts up from 0 and `next` is a function of the position alone, so that `seek(n)` continues exactly
+    where a run stopped. `size` is the number of distinct prompts, None if it has no end.
+    """
+
+    size: int | None
+
+    def next(self) -> Prompt: ...
+    def seek(self, position: int) -> None: ...
+
+
+class Reward(Protocol):
+    """Scores samples, built as `Class(options)`; runs in a worker process that is killed past the time limit.
+
+    `score` gets samples of one group and returns one finite float each.
+    """
+
+    def score(self, samples: Sequence[Sample]) -> Sequence[float]: ...
+
+
+class Filter(Protocol):
+    """Decides whether a scored group is trained on, built as `Class(options)`. Runs in the collector."""
+
+    def keep(self, group: Group) -> bool: ...
+
+
+class RolloutContext(Protocol):
+    """What a rollout works with, in the collector."""
+
+    tokenizer: Tokenizer
+    sampling: Sampling
+    max_tokens: int
+
+    async def generate(self, tokens: IntArray, seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
+        """One completion per seed of one token sequence, from whichever engine is free, in the order of the seeds."""
+        ...
+
+
+class Rollout(Protocol):
+    """Turns a prompt into samples, built as `Class(options)`. Runs in the collector, many at once.
+
+    Returns one unscored sample per seed, in order. Whatever it raises stops the run.
+    """
+
+    async def run(self, prompt: Prompt, seeds: Sequence[int], context: RolloutContext) -> Group: ...
+
+
+# ---- Engines, trainers, weights: on the accelerators ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineContext:
+    """What an engine is built with. model: a Hugging Face folder (config and tokenizer; weights are published).
+
+    index: which of the run's engines it is; max_tokens: longest prompt plus response; threads: CPU threads it may use;
+    hooks: calls `RolloutHooks` of the run's callbacks.
+    """
+
+    model: Path
+    index: int
+    gpus: int
+    threads: int
+    dtype: Literal["float32", "bfloat16"]
+    max_tokens: int
+    seed: int
+    folder: Path
+    hooks: Any = None
+
+
+class Engine(Protocol):
+    """Generates tokens, built as `Class(options, context)` in an actor of its own; all methods run on its event loop.
+
+    It accepts requests at once after `start`, but generates only once it has received weights.
+    """
+
+    version: int
+    busy_seconds: float
+
+    async def start(self) -> None: ...
+
+    def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, list[Completion]]]:
+        """Requests given together enter together. Yields (request id, completions in seed order) as they finish."""
+        ...
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Returns when nothing generates any more; later requests wait."""
+        ...
+
+    async def resume(self) -> None: ...
+    async def abort(self, ids: Iterable[str] | None = None) -> None:
+        """Ends requests (all if None): they are yielded with what they have, status "aborted"."""
+        ...
+
+    def load(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        """Copies Hugging-Face-named tensors into the model. Called between `pause` and `resume`, from a thread."""
+        ...
+
+    def set_version(self, version: int) -> None:
+        """All tensors of `version` are loaded."""
+        ...
+
+    async def sleep(self) -> None: ...
+    async def wake(self) -> None: ...
+    async def stop(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStage:
+    """What a trainer does until told otherwise. loss, loss_options: the loss. steps: for schedules, in optimizer steps.
+
+    entropy: whether the loss reads it. options: the trainer's options with this stage's overrides.
+    """
+
+    name: str
+    loss: Loss
+    loss_options: Any
+    entropy: bool
+    needs: frozenset[str]
+    optimizer_steps: int
+    options: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerContext:
+    """What a trainer rank is built with. model: a Hugging Face folder; without weights in it they are made from `seed`.
+
+    address: "tcp://host:port" for torch.distributed. reference: whether ref_logprobs will be asked for.
+    hooks: calls `TrainerHooks` of the run's callbacks. timeout_s: for every wait on another rank.
+    """
+
+    model: Path
+    rank: int
+    world_size: int
+    address: str
+    gpus: int
+    threads: int
+    seed: int
+    reference: bool
+    timeout_s: float
+    hooks: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Consecutive Hugging-Face-named tensors in one flat buffer of one dtype. flat: [sum of sizes]."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    flat: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketLayout:
+    """A bucket without its bytes: what a receiver must know before they arrive. dtype as "float32" or "bfloat16"."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str
+
+
+class Trainer(Protocol):
+    """One rank of the trainer, built as `Class(options, context)` in an actor. Every call reaches every rank.
+
+    Metrics come from rank 0 and are already reduced over ranks.
+    """
+
+    def start(self) -> None:
+        """Joins the process group, builds the model, loads its weights, calls the hook `model_built`."""
+        ...
+
+    def begin(self, stage: TrainStage) -> None:
+        """A stage starts: new loss, new optimizer and schedule; the weights stay."""
+        ...
+
+    def logprobs(self, batch: Batch, which: Literal["policy", "reference"], step: int) -> NDArray[np.float32] | None:
+        """Token column [N] without gradient, 0 where masked; None on every rank but 0."""
+        ...
+
+    def update(self, batch: Batch, step: int, passes: int) -> Mapping[str, float]:
+        """`passes` times over the batch's mini-batches, an optimizer step each.
+
+        Without a column old_logprobs there is one optimizer step, and the old log-probabilities are the policy's own.
+        """
+        ...
+
+    def layout(self) -> Sequence[BucketLayout]:
+        """What `export` will yield."""
+        ...
+
+    def export(self) -> Iterator[Bucket]:
+        """The policy's weights. A collective: every rank iterates; only rank 0's buckets need hold bytes."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Model, optimizer, schedule and random states, for `restore`; safetensors or JSON, nothing pickled."""
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """The exact opposite of `save`, in the same stage."""
+        ...
+
+    def save_pretrained(self, folder: Path) -> None:
+        """The policy as a Hugging Face folder with its tokenizer."""
+        ...
+
+    def sleep(self) -> None: ...
+    def wake(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+class WeightSender(Protocol):
+    """The trainer's side of a weight sync, built as `Class(context, engines)` on every trainer rank."""
+
+    def open(self) -> str:
+        """Rank 0 opens a meeting point and returns its address."""
+        ...
+
+    def connect(self) -> None:
+        """Waits until all engines are there. Runs while the receivers connect."""
+        ...
+
+    def send(self, buckets: Iterator[Bucket]) -> None:
+        """Sends all buckets to all engines. Every rank calls it; rank 0 sends."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class WeightReceiver(Protocol):
+    """An engine's side of a weight sync, built as `Class(context, engines, address, layout)` beside the engine."""
+
+    def connect(self) -> None: ...
+    def receive(self, load: Callable[[Sequence[str], Sequence[Tensor]], None]) -> None:
+        """Receives all buckets, handing each one's tensors to `load`. Runs on a thread of its own."""
+        ...
+
+    def close(self) -> None: ...
+
+
+# ---- Models, trackers, runs ---------------------------------------------------------------------------------------
+
+
+class ModelFamily(Protocol):
+    """A model family, built as `Class()`; works on plain dictionaries, without torch.
+
+    config: a Hugging Face config.json as a dictionary.
+    """
+
+    def fresh(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A complete config.json for a new model with the given fields; `ValueError` for an unknown field."""
+        ...
+
+    def parameters(self, config: Mapping[str, Any]) -> int:
+        """Number of parameters, tied ones counted once."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What a driver callback and a tracker know of the run."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    steps: int
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Where metrics go, built as `Class(options, run)`. Runs in the driver."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def finish(self) -> None: ...

@@ -1,0 +1,1 @@
+"""A run: plan, loop, collector, publishing, checkpoints."""

@@ -1,0 +1,247 @@
+"""The records that declaration hooks yield.
+
+A record names an implementation without importing it (`ref`, "module:attribute") and carries *traits*: what it needs,
+gives or serves. Core decides by traits, never by names, so a whole run can be refused before it starts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+TOKEN_COLUMNS = frozenset(
+    {
+        "tokens", "mask", "rollout_logprobs", "versions", "weights", "advantages", "returns",
+        "old_logprobs", "ref_logprobs", "values",
+    }
+)  # fmt: skip
+"""Names of the per-token columns that a batch may have, so what a loss or an advantage may need."""
+
+_NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
+_REF = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What every record has.
+
+    name: kebab-case, what a run file says; ref: "module:attribute" of the implementation, imported only on use;
+    summary: one line for `miles plugins info`; options: "module:Class" of a frozen keyword-only dataclass in a module
+    that imports nothing heavy, or None if there is nothing to set.
+    """
+
+    kind: ClassVar[str]
+    name: str
+    ref: str
+    summary: str
+    options: str | None = None
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"{type(self).__name__} name {self.name!r} is not kebab-case")
+        for label, ref in (("ref", self.ref), ("options", self.options)):
+            if ref is not None and not _REF.fullmatch(ref):
+                raise ValueError(f"{self.kind} {self.name!r}: {label} {ref!r} is not 'module:attribute'")
+        if not self.summary.strip():
+            raise ValueError(f"{self.kind} {self.name!r} has no summary")
+
+
+def _check_columns(spec: Spec, columns: frozenset[str]) -> None:
+    unknown = columns - TOKEN_COLUMNS
+    if unknown:
+        raise ValueError(
+            f"{spec.kind} {spec.name!r} names unknown columns {sorted(unknown)}; known: {sorted(TOKEN_COLUMNS)}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec(Spec):
+    """A loss: `ref` is a `roles.Loss`.
+
+    needs: token columns it reads. needs_if: column -> the option that, when truthy, makes it needed
+    (`{"ref_logprobs": "kl_coef"}`). entropy: it reads `LossInputs.entropy`, which is computed only then;
+    entropy_if: the option that, when truthy, makes it so.
+    """
+
+    kind: ClassVar[str] = "loss"
+    needs: frozenset[str] = frozenset()
+    needs_if: Mapping[str, str] = field(default_factory=dict)
+    entropy_if: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_columns(self, self.needs | frozenset(self.needs_if))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageSpec(Spec):
+    """An advantage estimator: `ref` is a `roles.Advantage`.
+
+    needs, needs_if: token columns beside the mask, as in `LossSpec`. gives: token columns it fills.
+    groups: it compares the samples of one prompt, so it needs at least two of them.
+    """
+
+    kind: ClassVar[str] = "advantage"
+    needs: frozenset[str] = frozenset()
+    needs_if: Mapping[str, str] = field(default_factory=dict)
+    gives: frozenset[str] = frozenset({"advantages"})
+    groups: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_columns(self, self.needs | frozenset(self.needs_if) | self.gives)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSpec(Spec):
+    """A reward: `ref` is a `roles.Reward` class.
+
+    needs_answer: it reads `Sample.answer`. deterministic: the same samples always get the same scores.
+    scope: "sample" scores each sample by itself, "group" needs all samples of a prompt together.
+    """
+
+    kind: ClassVar[str] = "reward"
+    needs_answer: bool = False
+    deterministic: bool = True
+    scope: Literal["sample", "group"] = "sample"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterSpec(Spec):
+    """A filter of scored groups: `ref` is a `roles.Filter` class. What it drops is counted and replaced."""
+
+    kind: ClassVar[str] = "filter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSpec(Spec):
+    """A rollout: `ref` is a `roles.Rollout` class.
+
+    engine: it generates, so the run needs an engine; False for rollouts that read their responses from the data.
+    turns: "multi" if tool or environment output stands between the policy's tokens.
+    """
+
+    kind: ClassVar[str] = "rollout"
+    engine: bool = True
+    turns: Literal["single", "multi"] = "single"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSourceSpec(Spec):
+    """A source of prompts: `ref` is a `roles.DataSource` class. answers: its prompts carry a reference answer."""
+
+    kind: ClassVar[str] = "data source"
+    answers: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec(Spec):
+    """An inference engine: `ref` is a `roles.Engine` class.
+
+    features: what else it can do, such as "seeds" (the same seed gives the same completion) or "routed-experts".
+    pause_modes: the ways it can stop for new weights. devices: what it runs on.
+    """
+
+    kind: ClassVar[str] = "engine"
+    features: frozenset[str] = frozenset()
+    pause_modes: frozenset[str] = frozenset({"drain"})
+    devices: frozenset[str] = frozenset({"cpu", "cuda"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSpec(Spec):
+    """A trainer: `ref` is a `roles.Trainer` class.
+
+    gives: token columns it can compute ("old_logprobs", "ref_logprobs", "values").
+    families: it accepts only architectures of installed model plugins if "listed", any if "any".
+    devices: what it runs on.
+    """
+
+    kind: ClassVar[str] = "trainer"
+    gives: frozenset[str] = frozenset({"old_logprobs"})
+    families: Literal["any", "listed"] = "any"
+    devices: frozenset[str] = frozenset({"cpu", "cuda"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_columns(self, self.gives)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSyncSpec(Spec):
+    """A way for weights to go from a trainer to an engine.
+
+    trainer, engine: names of the pair it serves. ref: the `roles.WeightSender` class, built on every trainer rank.
+    receiver: "module:Class" of the `roles.WeightReceiver`, built beside every engine.
+    """
+
+    kind: ClassVar[str] = "weight sync"
+    trainer: str
+    engine: str
+    receiver: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not _REF.fullmatch(self.receiver):
+            raise ValueError(f"weight sync {self.name!r}: receiver {self.receiver!r} is not 'module:attribute'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec(Spec):
+    """A model family: `ref` is a `roles.ModelFamily` class.
+
+    architectures: the names in a Hugging Face config.json that it covers.
+    """
+
+    kind: ClassVar[str] = "model"
+    architectures: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerSpec(Spec):
+    """Where metrics go: `ref` is a `roles.Tracker` class."""
+
+    kind: ClassVar[str] = "tracker"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallbackSpec(Spec):
+    """An object that hears what happens in a run: `ref` is a class whose methods implement lifecycle hooks.
+
+    runs_on: the process roles it is built in, each of which hears its own hooks.
+    """
+
+    kind: ClassVar[str] = "callback"
+    runs_on: frozenset[Literal["driver", "trainer", "rollout"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSpec(Spec):
+    """A ready run file: `ref` is "package:path/to/file.toml" below that package.
+
+    requires: requirement strings of the distributions it needs, checked before anything starts.
+    """
+
+    kind: ClassVar[str] = "recipe"
+    requires: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[\w./-]+\.toml", self.ref):
+            raise ValueError(f"recipe {self.name!r}: ref {self.ref!r} is not 'package:path/to/file.toml'")
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"recipe name {self.name!r} is not kebab-case")
+        if not self.summary.strip():
+            raise ValueError(f"recipe {self.name!r} has no summary")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandSpec(Spec):
+    """A command `miles NAME`: `ref` is a `click.Command`, imported when it is called."""
+
+    kind: ClassVar[str] = "command"
+
+
+Options = Any
+"""An instance of a component's options dataclass, or None."""

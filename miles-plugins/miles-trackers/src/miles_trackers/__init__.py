@@ -1,0 +1,1 @@
+"""Miles plugin: trackers."""
