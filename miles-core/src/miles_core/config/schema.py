@@ -220,6 +220,8 @@ class Stage:
     """A part of a run with its own data, rollout, rewards, loss and schedule. Weights go on from stage to stage.
 
     trainer: the run's trainer with this stage's options. first_step: steps of the stages before it.
+    rewards: empty only if the rollout does not generate and nothing reads rewards. advantage: None if the loss reads
+    none of what it gives.
     """
 
     name: str
@@ -230,7 +232,7 @@ class Stage:
     rollout: Component
     rewards: tuple[tuple[Component, RewardSection], ...]
     filters: tuple[Component, ...]
-    advantage: Component
+    advantage: Component | None
     loss: Component
     loss_section: LossSection
     trainer: Component
