@@ -1,1 +1,40 @@
 """What core itself offers, declared like any plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from miles_core.hooks import hookimpl
+from miles_core.specs import DataSourceSpec, FilterSpec, RolloutSpec
+
+
+@hookimpl
+def miles_rollouts() -> Iterable[RolloutSpec]:
+    """One completion per sample."""
+    yield RolloutSpec(
+        name="single-turn",
+        ref="miles_core.run.rollouts:SingleTurn",
+        summary="One completion per sample, straight from the prompt",
+    )
+
+
+@hookimpl
+def miles_filters() -> Iterable[FilterSpec]:
+    """Filters that any group-relative objective wants."""
+    yield FilterSpec(
+        name="nonzero-std",
+        ref="miles_core.run.filters:NonzeroStd",
+        summary="Drops prompts whose samples all have the same reward: they give no gradient",
+    )
+
+
+@hookimpl
+def miles_data_sources() -> Iterable[DataSourceSpec]:
+    """Prompts from files."""
+    yield DataSourceSpec(
+        name="jsonl",
+        ref="miles_core.run.data:Jsonl",
+        options="miles_core.run.data_options:JsonlOptions",
+        summary="Prompts from a file of JSON lines",
+        answers=True,
+    )

@@ -13,6 +13,12 @@ class UserError(ValueError):
     """
 
 
+class PluginError(UserError):
+    """What a plugin names does not load. Its `__cause__`, if any, is what the plugin raised: the command line prints
+    the message and that traceback, because the mend lies in the plugin.
+    """
+
+
 class RunError(RuntimeError):
     """A run that had started could not go on: the command line prints the message and exits with code 1.
 
