@@ -1,0 +1,1 @@
+"""Advantages: pure numpy functions of `AdvantageInputs`."""
