@@ -192,9 +192,9 @@ def _load_exactly(name: str, version: str, entry: str) -> Plugin:
 
 def _disabled(disable: Iterable[str]) -> dict[str, str]:
     """name or "*" -> why it is disabled."""
-    reasons = {_disable_key(name): "by -p or the run file" for name in disable}
+    reasons = {_disable_key(name): "by the run file" for name in disable}
     variable = os.environ.get(DISABLE_VARIABLE, "").split(",")
-    reasons |= {_disable_key(name): f"by {DISABLE_VARIABLE}" for name in variable if name.strip()}
+    reasons |= {_disable_key(name): f"by -p or {DISABLE_VARIABLE}" for name in variable if name.strip()}
     if CORE in reasons:
         raise UserError(f"{CORE} cannot be disabled ({reasons[CORE]}).")
     return reasons
