@@ -12,27 +12,43 @@ Declarations (of modules) and lifecycle hooks (of a run's callbacks) have plugin
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import inspect
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, is_dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import pluggy
 
-from miles_core import __version__, specs
+from miles_core import __version__
+from miles_core.declarations import RefusedError, declarations
+from miles_core.declarations import __file__ as declarations_file
 from miles_core.errors import PluginError, RunError, UserError, nearest
-from miles_core.hooks import DeclarationHooks, DriverHooks, RolloutHooks, TrainerHooks
+from miles_core.lifecycle import Role, lifecycle
 from miles_core.specs import Spec
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
-    from types import ModuleType
+
+__all__ = [
+    "CORE",
+    "DISABLE_VARIABLE",
+    "GROUP",
+    "Catalog",
+    "Entry",
+    "Plugin",
+    "Role",
+    "Status",
+    "discover",
+    "lifecycle",
+    "load_exact",
+    "normalised",
+    "options_of",
+    "resolve",
+]
 
 GROUP = "miles.plugins"
 DISABLE_VARIABLE = "MILES_DISABLE_PLUGINS"
@@ -40,11 +56,7 @@ CORE = "miles-core"
 _CORE_ENTRY = "miles_core.builtin"
 
 Status = Literal["active", "disabled", "incompatible", "failed"]
-Role = Literal["driver", "trainer", "rollout"]
 S = TypeVar("S", bound=Spec)
-
-LIFECYCLE: Mapping[Role, type] = {"driver": DriverHooks, "trainer": TrainerHooks, "rollout": RolloutHooks}
-"""The lifecycle hooks of each process role."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,18 +134,20 @@ class Catalog:
         plugins = {plugin.name: plugin for plugin in map(self.plugin, names)}
         return tuple(sorted((plugin.name, plugin.version, plugin.entry) for plugin in plugins.values()))
 
+    def not_loaded(self) -> list[str]:
+        """Lines for messages about unknown names: each plugin that is not active, with its reason; none if all are."""
+        idle = [plugin for plugin in self.plugins if plugin.status != "active"]
+        lines = [f"  {plugin.name}: {plugin.status}, {plugin.reason}" for plugin in idle]
+        return ["Plugins that are not loaded:", *lines] if lines else []
+
     def _unknown(self, noun: str, name: str, entries: list[Entry[S]]) -> Iterator[str]:
-        known = {entry.spec.name for entry in entries} | {
-            f"{e.plugin.name}:{e.spec.name}" for e in entries if ":" in name
-        }
+        qualified = ":" in name
+        known = {f"{entry.plugin.name}:{entry.spec.name}" if qualified else entry.spec.name for entry in entries}
         hint = nearest(name, known)
         yield f"unknown {noun} {name!r}. {hint}"
         if known and not hint.startswith("Known:"):
             yield f"Known: {', '.join(sorted(known))}."
-        idle = [plugin for plugin in self.plugins if plugin.status != "active"]
-        if idle:
-            yield "Plugins that are not loaded:"
-        yield from (f"  {plugin.name}: {plugin.status}, {plugin.reason}" for plugin in idle)
+        yield from self.not_loaded()
 
 
 def normalised(name: str) -> str:
@@ -151,8 +165,8 @@ def discover(*, disable: Iterable[str] = ()) -> Catalog:
     comma-separated names. UserError: miles-core is among them.
     """
     disabled = _disabled(disable)
-    plugins = [_load_core()]
-    for found in _installed():
+    plugins = [_load(_CORE_FOUND)]
+    for found in sorted(_installed(), key=lambda found: found.name):
         reason = disabled.get(found.name) or disabled.get("*")
         plugins.append(found.plugin("disabled", reason) if reason else _load(found))
     return Catalog(tuple(sorted(plugins, key=lambda plugin: plugin.name)))
@@ -168,26 +182,28 @@ def load_exact(plugin_set: Iterable[tuple[str, str, str]]) -> Catalog:
 
 
 def _load_exactly(name: str, version: str, entry: str) -> Plugin:
+    found = _CORE_FOUND if name == CORE else _find(name)
+    here = f"in this process's environment ({sys.executable})"
+    mend = "Install the same packages on every node."
+    if found is None:
+        raise UserError(f"plugin {name} {version}, which the driver uses, is not installed {here}. {mend}")
+    if (found.version, found.entry) != (version, entry):
+        raise UserError(
+            f"plugin {name} is {found.version} ({found.entry}) {here}, but {version} ({entry}) in the driver's. {mend}"
+        )
+    plugin = _load(found)
+    if plugin.status != "active":
+        raise RunError(f"plugin {name} is {plugin.status} {here}: {plugin.reason}", plugin.traceback)
+    return plugin
+
+
+def _find(name: str) -> _Found | None:
     from importlib.metadata import PackageNotFoundError, distribution
 
-    if name == CORE:
-        plugin = _load_core()
-    else:
-        try:
-            plugin = _load(_Found.read(distribution(name)))
-        except PackageNotFoundError:
-            raise UserError(
-                f"plugin {name} {version} is not installed in this process's environment ({sys.executable}), "
-                "but the driver of the run uses it. Install the same packages on every node."
-            ) from None
-    if (plugin.version, plugin.entry) != (version, entry):
-        raise UserError(
-            f"plugin {name} is {plugin.version} ({plugin.entry}) in this process's environment ({sys.executable}), "
-            f"but {version} ({entry}) in the driver's. Install the same packages on every node."
-        )
-    if plugin.status != "active":
-        raise RunError(f"plugin {name} is {plugin.status} in this process: {plugin.reason}", plugin.traceback)
-    return plugin
+    try:
+        return _Found.read(distribution(name))
+    except PackageNotFoundError:
+        return None
 
 
 def _disabled(disable: Iterable[str]) -> dict[str, str]:
@@ -212,7 +228,7 @@ class _Found:
     version: str
     entry: str
     requires: str
-    markers: tuple[str, ...]
+    requirements: tuple[str, ...]
     fault: str = ""
 
     @classmethod
@@ -224,7 +240,7 @@ class _Found:
             version=distribution.version,
             entry=entries[0] if entries else "",
             requires=", ".join(_REQUIREMENT_NAME.sub("", text, count=1).strip() for text in requirements),
-            markers=tuple(requirements),
+            requirements=tuple(requirements),
             fault=_entry_fault(entries),
         )
 
@@ -266,32 +282,42 @@ def _installed() -> Iterator[_Found]:
 
     seen = {CORE}
     for candidate in distributions():
-        name = ""
+        entry = _first_entry(candidate)
+        if not entry:
+            continue
+        name = normalised(entry.partition(".")[0])  # until its metadata say what it is called
         try:
-            if GROUP not in (candidate.read_text("entry_points.txt") or ""):
-                continue
             name = normalised(candidate.name)
-            if name in seen:
-                continue
-            seen.add(name)
-            first = distribution(name)
-            if GROUP in (first.read_text("entry_points.txt") or ""):
+            if name not in seen and _first_entry(first := distribution(name)):
                 yield _Found.read(first)
         except Exception as error:  # whatever is wrong with its metadata, the others go on
-            fault = f"its metadata cannot be read: {_first_line(error)}"
-            yield _Found(name=name or "unknown", version="", entry="", requires="", markers=(), fault=fault)
+            fault = f"its metadata cannot be read ({_one_line(error)}); install it again"
+            yield _Found(name=name, version="", entry=entry, requires="", requirements=(), fault=fault)
+        seen.add(name)
 
 
-def _load_core() -> Plugin:
-    found = _Found(name=CORE, version=__version__, entry=_CORE_ENTRY, requires="", markers=())
-    return _import(found)
+def _first_entry(distribution: Distribution) -> str:
+    """The module of its first entry point in our group, "" if it has none; much faster than a full parse."""
+    try:
+        text = distribution.read_text("entry_points.txt") or ""
+    except ValueError:  # not UTF-8
+        return ""
+    match = _OUR_SECTION.search(text)
+    return match[1] if match else ""
+
+
+_OUR_SECTION = re.compile(rf"^\s*\[\s*{re.escape(GROUP)}\s*\][^\[=]*=\s*([^\s\[]+)", re.MULTILINE)
+
+
+_CORE_FOUND = _Found(name=CORE, version=__version__, entry=_CORE_ENTRY, requires="", requirements=())
+"""Core as a plugin: there without metadata too, and not asked whether it fits itself."""
 
 
 def _load(found: _Found) -> Plugin:
     """Checks the metadata, then imports the module and collects its records."""
     if found.fault:
         return found.plugin("failed", found.fault)
-    unfit = _unfit(found.markers)
+    unfit = "" if found.name == CORE else _unfit(found.requirements)
     return found.plugin("incompatible", unfit) if unfit else _import(found)
 
 
@@ -318,94 +344,17 @@ def _unfit(requirements: Iterable[str]) -> str:
 # ---- Loading one plugin -------------------------------------------------------------------------------------------
 
 
-class _RefusedError(Exception):
-    """A plugin breaks a rule; the message says which, and no traceback would say more."""
-
-
 def _import(found: _Found) -> Plugin:
     try:
-        module = importlib.import_module(found.entry)
-        return found.plugin("active", records=tuple(_declarations(module)))
+        with redirect_stdout(sys.stderr):  # what a plugin prints must not get into `--json`
+            records = tuple(declarations(importlib.import_module(found.entry)))
+        return found.plugin("active", records=records)
     except KeyboardInterrupt:
         raise
-    except _RefusedError as error:
+    except RefusedError as error:
         return found.plugin("failed", str(error))
     except BaseException as error:  # SystemExit and the like too: nothing that a plugin raises ends the process
         return found.plugin("failed", _one_line(error), traceback=_plugin_traceback(error))
-
-
-def _declarations(module: ModuleType) -> Iterator[Spec]:
-    """The records of one module, checked. It gets a manager to itself, so provenance needs no bookkeeping."""
-    manager = pluggy.PluginManager("miles")
-    manager.add_hookspecs(DeclarationHooks)
-    _check_module(manager, module)
-    manager.register(module)
-    seen: set[tuple[str, str]] = set()
-    for hook, kind in declaration_kinds().items():
-        caller = getattr(manager.hook, hook)
-        if not caller.get_hookimpls():
-            continue
-        answers = caller()
-        if not answers:
-            raise _RefusedError(f"{hook} returned None instead of {kind.__name__} records")
-        for record in answers[0]:
-            if not isinstance(record, kind):
-                raise _RefusedError(f"{hook} gave {_type_name(record)} {record!r:.80}, which is no {kind.__name__}")
-            if (kind.kind, record.name) in seen:
-                raise _RefusedError(f"{hook} gave the {kind.kind} {record.name!r} twice")
-            seen.add((kind.kind, record.name))
-            yield record
-
-
-@cache
-def declaration_kinds() -> dict[str, type[Spec]]:
-    """Declaration hook -> the type of its records, in the order of `DeclarationHooks`."""
-    kinds = {}
-    for hook, function in vars(DeclarationHooks).items():
-        if hook.startswith("miles_"):
-            returns = get_type_hints(function, localns={"specs": specs})["return"]
-            kinds[hook] = get_args(returns)[0]
-    return kinds
-
-
-def lifecycle_hooks(role: Role) -> dict[str, Any]:
-    """Lifecycle hook -> its specification, for one role."""
-    return {name: item for name, item in vars(LIFECYCLE[role]).items() if not name.startswith("_")}
-
-
-def _roles_of(hook: str) -> list[str]:
-    return [role for role in LIFECYCLE if hook in lifecycle_hooks(role)]
-
-
-def _check_module(manager: pluggy.PluginManager, module: ModuleType) -> None:
-    """Refuses what is no declaration: pluggy itself would pass over it in silence."""
-    for name, item in list(vars(module).items()):
-        own = inspect.isfunction(item) and item.__module__ == module.__name__
-        decorated = manager.parse_hookimpl_opts(module, name)
-        if not own and decorated is None:
-            continue
-        if roles := _roles_of(name):
-            raise _RefusedError(
-                f"{name} is a hook of the {roles[0]}'s callbacks; a module cannot implement it, "
-                "only the class of a CallbackSpec can"
-            )
-        if name in declaration_kinds():
-            _check_declaration(name, item, decorated)
-        elif decorated is not None:
-            raise _RefusedError(f"{name} is not a hook of Miles. {nearest(name, declaration_kinds())}")
-
-
-def _check_declaration(name: str, function: Any, decorated: Mapping[str, Any] | None) -> None:
-    if decorated is None:
-        raise _RefusedError(f"{name} lacks its @hookimpl")
-    if decorated.get("wrapper") or decorated.get("hookwrapper"):
-        raise _RefusedError(f"{name} is a wrapper; a declaration cannot wrap those of others")
-    if inspect.signature(function).parameters:
-        raise _RefusedError(f"{name} takes arguments; it is called with none")
-
-
-def _type_name(value: object) -> str:
-    return "an" if value is None else f"a {type(value).__name__},"
 
 
 def _first_line(error: BaseException) -> str:
@@ -428,7 +377,7 @@ def _plugin_traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, frames))
 
 
-_FOREIGN_FRAMES = (__file__, str(importlib.__file__), "<frozen importlib", str(pluggy.__path__[0]))
+_FOREIGN_FRAMES = (__file__, declarations_file, str(importlib.__file__), "<frozen importlib", str(pluggy.__path__[0]))
 
 
 # ---- References ---------------------------------------------------------------------------------------------------
@@ -462,84 +411,3 @@ def options_of(spec: Spec) -> type | None:
     if not (isinstance(options, type) and is_dataclass(options)):
         raise PluginError(f"{spec.options}, the options of {spec.kind} {spec.name!r}, is no dataclass")
     return options
-
-
-# ---- Lifecycle hooks ----------------------------------------------------------------------------------------------
-
-
-class _Lifecycle(pluggy.PluginManager):
-    """The manager of one role: every method that has the name of one of its hooks implements it, decorated or not."""
-
-    def __init__(self, role: Role) -> None:
-        super().__init__("miles")
-        self.hooks = lifecycle_hooks(role)
-        self.add_hookspecs(LIFECYCLE[role])
-
-    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
-        if name not in self.hooks:
-            return None
-        return super().parse_hookimpl_opts(plugin, name) or _PLAIN
-
-
-_PLAIN: Mapping[str, Any] = {
-    "wrapper": False,
-    "hookwrapper": False,
-    "optionalhook": False,
-    "tryfirst": False,
-    "trylast": False,
-    "specname": None,
-}
-
-
-def lifecycle(role: Role, objects: Iterable[object]) -> Any:
-    """The hooks of one process role, calling the given callbacks in the given order: `lifecycle(...).step_end(...)`.
-
-    Methods need no decorator; `hookimpl` on one sets pluggy's options. Methods for other roles are passed over.
-    UserError: a callback has no lifecycle hook at all, or one that could not be called.
-    """
-    manager = _Lifecycle(role)
-    for item in reversed(list(objects)):  # pluggy calls what was registered last first
-        check_callback(type(item))
-        manager.register(item)
-    return manager.hook
-
-
-def check_callback(callback: type) -> None:
-    """UserError: no lifecycle hook at all, a decorated method that is none, or one that cannot be called."""
-    known = {name: function for role in LIFECYCLE for name, function in lifecycle_hooks(role).items()}
-    marked = pluggy.PluginManager("miles")
-    methods = {name: inspect.getattr_static(callback, name) for name in dir(callback) if not name.startswith("__")}
-    for name in methods:
-        if name not in known and marked.parse_hookimpl_opts(callback, name) is not None:
-            raise UserError(f"{_label(callback)}.{name} is not a lifecycle hook. {nearest(name, known)}")
-    heard = [name for name in methods if name in known]
-    if not heard:
-        raise UserError(
-            f"{_label(callback)} has no method that is a lifecycle hook. Its methods: "
-            f"{', '.join(name for name in methods if not name.startswith('_')) or 'none'}. Hooks: {', '.join(known)}."
-        )
-    for name in heard:
-        options = marked.parse_hookimpl_opts(callback, name) or _PLAIN
-        _check_method(f"{_label(callback)}.{name}", methods[name], known[name], options)
-
-
-def _label(callback: type) -> str:
-    return f"{callback.__module__}:{callback.__qualname__}"
-
-
-def _check_method(label: str, method: Any, spec: Any, options: Mapping[str, Any]) -> None:
-    """pluggy passes arguments by position of their names: none that has a default, none after a star."""
-    function = getattr(method, "__func__", method)
-    if not inspect.isfunction(function):
-        raise UserError(f"{label} must be a method, and is {type(function).__name__}")
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        raise UserError(f"{label} is async; lifecycle hooks are called, not awaited")
-    if inspect.isgeneratorfunction(function) and not (options["wrapper"] or options["hookwrapper"]):
-        raise UserError(f"{label} yields, so its body would never run; only @hookimpl(wrapper=True) may")
-    given = list(inspect.signature(spec).parameters)[1:]
-    takes = list(inspect.signature(function).parameters.values())
-    for parameter in takes[0 if isinstance(method, staticmethod) else 1 :]:
-        if parameter.name not in given:
-            raise UserError(f"{label} takes {parameter.name!r}; the hook gives {', '.join(given)}")
-        if parameter.default is not parameter.empty or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
-            raise UserError(f"{label}: {parameter.name!r} must be a plain argument without a default")

@@ -9,15 +9,11 @@ import importlib
 import os
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import click
 
 from miles_core import PLUGIN_API, __version__
 from miles_core.errors import PluginError, RunError, UserError, nearest
-
-if TYPE_CHECKING:
-    from miles_core.plugins import Catalog
 
 COMMANDS = {
     "train": ("miles_core.cli.train:train", "Run a run file or a recipe."),
@@ -56,20 +52,13 @@ def _plugin_command(name: str) -> click.Command:
     catalog = discover()
     offered = [entry.spec.name for entry in catalog.all(CommandSpec)]
     if name.rpartition(":")[2] not in offered:
-        raise UserError(_unknown_command(name, [*COMMANDS, *offered], catalog))
+        message = f"unknown command {name!r}. {nearest(name, [*COMMANDS, *offered])}"
+        raise UserError("\n".join([message, *catalog.not_loaded()]))
     entry = catalog.get(CommandSpec, name)
     command = resolve(entry.spec.ref)
     if not isinstance(command, click.Command):
         raise PluginError(f"{entry.spec.ref}, the command {name!r} of {entry.plugin.name}, is no click.Command")
     return command
-
-
-def _unknown_command(name: str, known: list[str], catalog: Catalog) -> str:
-    lines = [f"unknown command {name!r}. {nearest(name, known)}"]
-    idle = [plugin for plugin in catalog.plugins if plugin.status != "active"]
-    if idle:
-        lines.append("Plugins that are not loaded:")
-    return "\n".join([*lines, *(f"  {plugin.name}: {plugin.status}, {plugin.reason}" for plugin in idle)])
 
 
 def _disable(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> None:
