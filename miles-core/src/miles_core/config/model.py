@@ -1,0 +1,97 @@
+"""What is known of a run's model before it is loaded: its config.json and its family."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from miles_core.config.schema import ModelSection
+from miles_core.errors import UserError
+from miles_core.plugins import Catalog, Entry, resolve
+from miles_core.roles import ModelFamily
+from miles_core.specs import ModelSpec
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+def load_family(entry: Entry[ModelSpec]) -> ModelFamily:
+    """The family that a record names. Raises `PluginError` if its module does not import."""
+    return cast("ModelFamily", resolve(entry.spec.ref)())
+
+
+def read_config(model: ModelSection, origins: Mapping[str, str], catalog: Catalog) -> dict[str, Any] | None:
+    """The complete config.json of the run's model; None for a hub model that this machine has not downloaded.
+
+    Raises `UserError` for an unknown family, a field that its config.json has not, and an unusable model folder.
+    """
+    if model.family is not None:
+        return _fresh_config(model, model.family, origins, catalog)
+    assert model.path is not None
+    where = origins["model.path"]
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        return _folder_config(folder, where)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model.path):
+        raise UserError(f"{where}: model.path {model.path!r} is no folder, and no hub name such as Qwen/Qwen3-0.6B")
+    cached = _cached_config(model.path)
+    return None if cached is None else _read_json(cached, where)
+
+
+def find_family(model: ModelSection, config: Mapping[str, Any] | None, catalog: Catalog) -> Entry[ModelSpec] | None:
+    """The installed family of the run's model, None if no plugin covers it."""
+    if model.family is not None:
+        return catalog.get(ModelSpec, model.family)
+    names = architectures(config)
+    return next((entry for entry in catalog.all(ModelSpec) if names & set(entry.spec.architectures)), None)
+
+
+def architectures(config: Mapping[str, Any] | None) -> set[str]:
+    """The architectures that a config.json names."""
+    return set((config or {}).get("architectures") or [])
+
+
+def _fresh_config(model: ModelSection, name: str, origins: Mapping[str, str], catalog: Catalog) -> dict[str, Any]:
+    try:
+        entry = catalog.get(ModelSpec, name)
+    except UserError as error:
+        raise UserError(f"{origins['model.family']}: {error}") from None
+    try:
+        return load_family(entry).fresh(model.config)
+    except ValueError as error:
+        words = re.findall(r"\w+", str(error))
+        named = [f"model.config.{word}" for word in words if word in model.config]
+        where = origins.get(named[0] if named else "model.family", origins["model.family"])
+        raise UserError(f"{where}: model.config: {error}") from None
+
+
+def _folder_config(folder: Path, where: str) -> dict[str, Any]:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"{where}: model folder {folder} has no config.json, so it is no Hugging Face model")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{where}: model folder {folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); save the "
+            "model's tokenizer into it with tokenizer.save_pretrained"
+        )
+    return _read_json(config, where)
+
+
+def _read_json(path: Path, where: str) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{where}: {path} must hold a JSON object")
+    return config
+
+
+def _cached_config(name: str) -> Path | None:
+    """The config.json of a hub model, if this machine has it; the hub is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found) if isinstance(found, str) else None

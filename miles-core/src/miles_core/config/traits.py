@@ -1,0 +1,206 @@
+"""Whether the components of a run fit together, by the traits of their records and never by their names.
+
+Every refusal names both sides and says what would mend it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from miles_core.config.model import architectures
+from miles_core.config.schema import Component, Plan, Stage
+from miles_core.errors import UserError
+from miles_core.plugins import Catalog, Entry
+from miles_core.specs import (
+    AdvantageSpec,
+    DataSourceSpec,
+    EngineSpec,
+    LossSpec,
+    ModelSpec,
+    RewardSpec,
+    RolloutSpec,
+    TrainerSpec,
+)
+
+ALWAYS = frozenset({"tokens", "mask", "rollout_logprobs", "versions", "weights"})
+"""Token columns that every batch has."""
+
+
+def needed_columns(component: Component) -> frozenset[str]:
+    """The token columns that a loss or an advantage reads with the options it has."""
+    spec = component.spec
+    assert isinstance(spec, (LossSpec, AdvantageSpec))
+    asked = {column for column, option in spec.needs_if.items() if bool(operator.attrgetter(option)(component.options))}
+    return spec.needs | asked
+
+
+def reads_advantage(loss: Component, trainer: Component) -> bool:
+    """Whether a loss needs more than a batch has without an advantage."""
+    return not needed_columns(loss) <= ALWAYS | _trainer_spec(trainer).gives
+
+
+def check(plan: Plan, config: Mapping[str, Any] | None, family: Entry[ModelSpec] | None, catalog: Catalog) -> None:
+    """Refuses a run whose parts do not fit. Raises `UserError`."""
+    _check_model(plan, config, family, catalog)
+    for stage in plan.stages:
+        _check_columns(plan, stage)
+        _check_groups(plan, stage)
+        _check_rewards(plan, stage)
+        _check_lengths(plan, stage)
+    _check_evaluation(plan)
+    _check_devices(plan)
+    _check_publish(plan)
+
+
+def _where(plan: Plan, stage: Stage, name: str) -> str:
+    """The origin of a stage's value."""
+    return plan.origins.get(f"stages.{stage.name}.{name}", plan.origins.get(name, "default"))
+
+
+def _trainer_spec(trainer: Component) -> TrainerSpec:
+    assert isinstance(trainer.spec, TrainerSpec)
+    return trainer.spec
+
+
+def _in(plan: Plan, stage: Stage) -> str:
+    return f" of stage {stage.name!r}" if "stages" in plan.values else ""
+
+
+# ---- Columns, groups, rewards --------------------------------------------------------------------------------------
+
+
+def _check_columns(plan: Plan, stage: Stage) -> None:
+    trainer = _trainer_spec(stage.trainer)
+    given = ALWAYS | trainer.gives
+    givers = f"trainer {trainer.name!r} gives {_listed(trainer.gives)}"
+    if stage.advantage is not None:
+        assert isinstance(stage.advantage.spec, AdvantageSpec)
+        _check_needs(plan, stage, "advantage", stage.advantage, given, givers)
+        given |= stage.advantage.spec.gives
+        givers = f"advantage {stage.advantage.spec.name!r} gives {_listed(stage.advantage.spec.gives)}, {givers}"
+    elif reads_advantage(stage.loss, stage.trainer):
+        givers = f"there is no [advantage], {givers}"
+    _check_needs(plan, stage, "loss", stage.loss, given, givers)
+
+
+def _check_needs(plan: Plan, stage: Stage, key: str, component: Component, given: frozenset[str], givers: str) -> None:
+    spec = component.spec
+    assert isinstance(spec, (LossSpec, AdvantageSpec))
+    missing = needed_columns(component) - given
+    if not missing:
+        return
+    options = sorted(option for column, option in spec.needs_if.items() if column in missing - spec.needs)
+    switch = f", or switch off {_listed(frozenset(f'{key}.{option}' for option in options))}" if options else ""
+    raise UserError(
+        f"{_where(plan, stage, f'{key}.name')}: {spec.kind} {spec.name!r}{_in(plan, stage)} needs {_listed(missing)}, "
+        f"but {givers}; choose an advantage or a trainer that gives it{switch}"
+    )
+
+
+def _listed(names: frozenset[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+def _check_groups(plan: Plan, stage: Stage) -> None:
+    if stage.advantage is None:
+        return
+    assert isinstance(stage.advantage.spec, AdvantageSpec)
+    if stage.advantage.spec.groups and stage.schedule.samples_per_prompt < 2:
+        raise UserError(
+            f"{_where(plan, stage, 'schedule.samples_per_prompt')}: advantage {stage.advantage.spec.name!r}"
+            f"{_in(plan, stage)} compares the samples of one prompt, but schedule.samples_per_prompt is "
+            f"{stage.schedule.samples_per_prompt}; set it to 2 or more"
+        )
+
+
+def _check_rewards(plan: Plan, stage: Stage) -> None:
+    assert isinstance(stage.rollout.spec, RolloutSpec)
+    assert isinstance(stage.data.spec, DataSourceSpec)
+    if not stage.rollout.spec.engine and stage.advantage is None:
+        return
+    if not stage.rewards:
+        raise UserError(
+            f"{_where(plan, stage, 'rollout.name')}: rollout {stage.rollout.spec.name!r}{_in(plan, stage)} makes "
+            "samples that must be scored, but there is no reward; add [reward] with a name"
+        )
+    for index, (reward, _) in enumerate(stage.rewards):
+        assert isinstance(reward.spec, RewardSpec)
+        if reward.spec.needs_answer and not stage.data.spec.answers:
+            raise UserError(
+                f"{_where(plan, stage, f'reward.{index}.name')}: reward {reward.spec.name!r}{_in(plan, stage)} "
+                f"compares with a reference answer, but data source {stage.data.spec.name!r} gives none; choose "
+                "another reward, or data with answers"
+            )
+
+
+# ---- Lengths and the model ------------------------------------------------------------------------------------------
+
+
+def _check_lengths(plan: Plan, stage: Stage) -> None:
+    if stage.sampling.max_new_tokens >= plan.model.max_tokens:
+        raise UserError(
+            f"{_where(plan, stage, 'sampling.max_new_tokens')}: sampling.max_new_tokens{_in(plan, stage)} is "
+            f"{stage.sampling.max_new_tokens}, which leaves no room for a prompt within model.max_tokens = "
+            f"{plan.model.max_tokens}; lower the one or raise the other"
+        )
+
+
+def _check_model(
+    plan: Plan, config: Mapping[str, Any] | None, family: Entry[ModelSpec] | None, catalog: Catalog
+) -> None:
+    if config is None:
+        return
+    trainer = _trainer_spec(plan.trainer)
+    if trainer.families == "listed" and family is None:
+        known = ", ".join(f"{e.spec.name} ({', '.join(e.spec.architectures)})" for e in catalog.all(ModelSpec))
+        raise UserError(
+            f"{plan.origins['model.path']}: trainer {trainer.name!r} trains only models of installed families, and "
+            f"none covers {', '.join(sorted(architectures(config))) or 'a config.json without architectures'}. "
+            f"Installed: {known or 'none'}"
+        )
+    longest = config.get("max_position_embeddings")
+    if isinstance(longest, int) and plan.model.max_tokens > longest:
+        raise UserError(
+            f"{plan.origins['model.max_tokens']}: model.max_tokens is {plan.model.max_tokens}, but the model's "
+            f"max_position_embeddings is {longest}; set model.max_tokens to {longest} or less"
+        )
+
+
+# ---- Evaluation, devices, publishing ---------------------------------------------------------------------------------
+
+
+def _check_evaluation(plan: Plan) -> None:
+    generates = any(isinstance(stage.rollout.spec, RolloutSpec) and stage.rollout.spec.engine for stage in plan.stages)
+    if plan.evaluation.every and not generates:
+        raise UserError(
+            f"{plan.origins['evaluation.every']}: evaluation needs a rollout that generates, but no stage has one "
+            f"({', '.join(repr(stage.rollout.spec.name) for stage in plan.stages)}); set evaluation.every = 0"
+        )
+
+
+def _check_devices(plan: Plan) -> None:
+    parts = [("trainer", plan.trainer.spec, plan.trainer_section.gpus)]
+    if plan.engine is not None and plan.engine_section is not None:
+        parts.append(("engine", plan.engine.spec, plan.engine_section.gpus))
+    for key, spec, gpus in parts:
+        assert isinstance(spec, (TrainerSpec, EngineSpec))
+        device = "cuda" if gpus else "cpu"
+        if device not in spec.devices:
+            mend = f"set {key}.gpus = 0" if gpus else f"set {key}.gpus to 1 or more"
+            raise UserError(
+                f"{plan.origins[f'{key}.gpus']}: {key} {spec.name!r} runs on {_listed(spec.devices)}, but {key}.gpus "
+                f"is {gpus}; {mend}, or choose another {key}"
+            )
+
+
+def _check_publish(plan: Plan) -> None:
+    if plan.engine is None:
+        return
+    assert isinstance(plan.engine.spec, EngineSpec)
+    if plan.publish.mode not in plan.engine.spec.pause_modes:
+        raise UserError(
+            f"{plan.origins['publish.mode']}: publish.mode is {plan.publish.mode!r}, but engine "
+            f"{plan.engine.spec.name!r} can only pause by {_listed(plan.engine.spec.pause_modes)}; choose one of these"
+        )
