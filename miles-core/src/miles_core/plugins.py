@@ -46,6 +46,7 @@ __all__ = [
     "lifecycle",
     "load_exact",
     "normalised",
+    "one_line",
     "options_of",
     "resolve",
 ]
@@ -291,7 +292,7 @@ def _installed() -> Iterator[_Found]:
             if name not in seen and _first_entry(first := distribution(name)):
                 yield _Found.read(first)
         except Exception as error:  # whatever is wrong with its metadata, the others go on
-            fault = f"its metadata cannot be read ({_one_line(error)}); install it again"
+            fault = f"its metadata cannot be read ({one_line(error)}); install it again"
             yield _Found(name=name, version="", entry=entry, requires="", requirements=(), fault=fault)
         seen.add(name)
 
@@ -354,7 +355,7 @@ def _import(found: _Found) -> Plugin:
     except RefusedError as error:
         return found.plugin("failed", str(error))
     except BaseException as error:  # SystemExit and the like too: nothing that a plugin raises ends the process
-        return found.plugin("failed", _one_line(error), traceback=_plugin_traceback(error))
+        return found.plugin("failed", one_line(error), traceback=_plugin_traceback(error))
 
 
 def _first_line(error: BaseException) -> str:
@@ -364,7 +365,8 @@ def _first_line(error: BaseException) -> str:
         return "(its message cannot be read)"
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error as a table has room for it: its type and the first line of its message."""
     line = _first_line(error)
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
@@ -396,7 +398,7 @@ def resolve(ref: str) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a plugin's module may raise anything, SystemExit too
-        raise PluginError(f"{ref} cannot be loaded: {_one_line(error)}") from error
+        raise PluginError(f"{ref} cannot be loaded: {one_line(error)}") from error
     return target
 
 

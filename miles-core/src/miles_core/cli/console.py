@@ -1,27 +1,31 @@
-"""Drawing on a terminal, without rich: light enough for commands that must answer at once."""
+"""Drawing on a terminal without rich, for commands that must answer at once."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import click
 
 Row = Sequence[str]
 
 
-def table(header: Row, rows: Iterable[Row], *, style: Callable[[str], str] = str) -> None:
+def table(
+    header: Row, rows: Iterable[Row], *, indent: int = 0, styles: Mapping[int, Callable[[str], str]] | None = None
+) -> None:
     """Prints left-aligned columns. On a terminal the last one is wrapped to its width; piped, a row is one line.
 
-    style: applied to each cell of the columns before the last, after alignment; the terminal's colours, if any.
+    styles: column -> what colours its cells, for columns before the last; the colours are dropped when piped.
     """
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header) - 1)]
-    indent = sum(widths) + 2 * len(widths)
-    room = shutil.get_terminal_size().columns - indent if sys.stdout.isatty() else 0
-    for line in lines:
-        cells = [style(cell) + " " * (width - len(cell)) for cell, width in zip(line[:-1], widths, strict=True)]
+    start = indent + sum(widths) + 2 * len(widths)
+    room = shutil.get_terminal_size().columns - start if sys.stdout.isatty() else 0
+    for number, line in enumerate(lines):
+        cells = [cell + " " * (width - len(cell)) for cell, width in zip(line[:-1], widths, strict=True)]
+        for column, style in (styles or {}).items() if number else ():
+            cells[column] = cells[column].replace(line[column], style(line[column]), 1)
         last = textwrap.wrap(line[-1], room) if room >= 20 else [line[-1]]
-        click.echo("  ".join([*cells, ("\n" + " " * indent).join(last)]).rstrip())
+        click.echo(" " * indent + "  ".join([*cells, ("\n" + " " * start).join(last)]).rstrip())

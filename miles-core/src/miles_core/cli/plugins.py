@@ -1,0 +1,241 @@
+"""`miles plugins`: what is installed, what it offers, and whether it keeps the rules. A broken plugin is a row here."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, get_args
+
+import click
+
+from miles_core.cli.console import table
+from miles_core.declarations import declaration_kinds
+from miles_core.errors import PluginError
+from miles_core.hooks import DeclarationHooks
+from miles_core.lifecycle import LIFECYCLE, lifecycle_hooks
+from miles_core.plugins import Catalog, Plugin, Status, discover, one_line, options_of, resolve
+from miles_core.specs import CallbackSpec, Spec
+
+_COLOURS = {"active": "green", "disabled": "bright_black", "incompatible": "yellow", "failed": "red"}
+_KINDS = {kind.kind.replace(" ", "-"): kind for kind in declaration_kinds().values()}
+
+
+@click.group()
+def plugins() -> None:
+    """List, explain and check plugins."""
+
+
+def _coloured(status: str) -> str:
+    return click.style(status, fg=_COLOURS[status]) if status in _COLOURS else status
+
+
+# ---- list ---------------------------------------------------------------------------------------------------------
+
+
+@plugins.command("list")
+@click.option("--status", type=click.Choice(get_args(Status)), help="Only plugins with this status.")
+@click.option("--kind", type=click.Choice(list(_KINDS)), help="Only plugins that offer this, and only this of them.")
+@click.option("--json", "as_json", is_flag=True, help="A list of objects, with everything; stable between releases.")
+def list_plugins(status: str | None, kind: str | None, as_json: bool) -> None:
+    """List installed plugins: what they provide, or why they are not loaded."""
+    chosen = [plugin for plugin in discover().plugins if status in (None, plugin.status)]
+    if kind is not None:
+        chosen = [plugin for plugin in map(_only(_KINDS[kind]), chosen) if plugin.records]
+    if as_json:
+        click.echo(json.dumps([_as_json(plugin) for plugin in chosen], indent=2))
+        return
+    rows = [
+        (plugin.name, plugin.version, plugin.requires, plugin.status, plugin.reason or _provides(plugin.records))
+        for plugin in chosen
+    ]
+    table(("Plugin", "Version", "Core", "Status", "Provides"), rows, styles={3: _coloured})
+
+
+def _only(kind: type[Spec]) -> Callable[[Plugin], Plugin]:
+    return lambda plugin: dataclasses.replace(
+        plugin, records=tuple(record for record in plugin.records if isinstance(record, kind))
+    )
+
+
+def _provides(records: Iterable[Spec]) -> str:
+    """ "loss grpo, sft; reward exact" """
+    names: dict[str, list[str]] = {}
+    for record in records:
+        names.setdefault(record.kind, []).append(record.name)
+    return "; ".join(f"{kind} {', '.join(sorted(found))}" for kind, found in names.items())
+
+
+def _as_json(plugin: Plugin) -> dict[str, Any]:
+    return {
+        "plugin": plugin.name,
+        "version": plugin.version,
+        "core": plugin.requires,
+        "entry": plugin.entry,
+        "status": plugin.status,
+        "reason": plugin.reason,
+        "provides": [
+            {"kind": record.kind, "name": record.name, "summary": record.summary, "ref": record.ref}
+            for record in plugin.records
+        ],
+    }
+
+
+# ---- info ---------------------------------------------------------------------------------------------------------
+
+
+@plugins.command()
+@click.argument("name")
+def info(name: str) -> None:
+    """Show what the plugin NAME offers, with traits and options; for a failed one, its traceback."""
+    plugin = discover().plugin(name)
+    click.echo(f"{plugin.name} {plugin.version}  {_coloured(plugin.status)}")
+    click.echo(f"module {plugin.entry}" + (f", requires miles-core{plugin.requires}" if plugin.requires else ""))
+    if plugin.reason:
+        click.echo(plugin.reason)
+    if plugin.traceback:
+        click.echo("\n" + plugin.traceback.rstrip())
+    for record in plugin.records:
+        click.echo()
+        _show_record(record)
+
+
+def _show_record(record: Spec) -> None:
+    click.echo(f"{record.kind} {click.style(record.name, bold=True)}: {record.summary}")
+    click.echo(f"  {record.ref}")
+    for trait, value in _traits(record):
+        click.echo(f"  {trait}: {value}")
+    if record.options is not None:
+        try:
+            _show_options(record)
+        except (Exception, SystemExit) as error:  # the plugin's code runs: its module, its default factories
+            click.echo(f"  options {record.options} cannot be shown: {one_line(error)}")
+
+
+def _show_options(record: Spec) -> None:
+    options = options_of(record)
+    assert options is not None
+    rows = list(_options(options))
+    click.echo(f"  options {record.options}")
+    documentation = inspect.getdoc(options) or ""
+    if not documentation.startswith(f"{options.__name__}("):  # what dataclass writes where there is none
+        click.echo(textwrap.indent(documentation, "    "))
+    if rows:
+        table(("Option", "Type", "Default"), rows, indent=4)
+
+
+def _traits(record: Spec) -> Iterator[tuple[str, str]]:
+    """Every field that a kind adds to `Spec` and that is not at its default."""
+    common = {field.name for field in dataclasses.fields(Spec)}
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if field.name not in common and value != _default(field):
+            yield field.name, _words(value)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {item}" for key, item in sorted(value.items()))
+    if isinstance(value, frozenset):
+        return ", ".join(sorted(map(str, value))) or "none"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """A field's default, `dataclasses.MISSING` if it must be given."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _options(options: type, given: Any = dataclasses.MISSING, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(dotted name, type, default) of every option; nested dataclasses are opened. given: the default instance."""
+    from miles_core.config.build import plain
+    from miles_core.config.source import shown
+
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        default = _default(field) if given is dataclasses.MISSING else getattr(given, field.name)
+        name, hint = prefix + field.name, hints[field.name]
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from _options(hint, default, f"{name}.")
+        else:
+            text = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
+            yield name, text, "required" if default is dataclasses.MISSING else shown(plain(default))
+
+
+# ---- check --------------------------------------------------------------------------------------------------------
+
+
+@plugins.command()
+@click.argument("name", required=False)
+@click.pass_context
+def check(ctx: click.Context, name: str | None) -> None:
+    """Check that the plugin NAME, or every one that is not disabled, keeps the rules; exit with 1 if one does not."""
+    catalog = discover()
+    chosen = [catalog.plugin(name)] if name else [plugin for plugin in catalog.plugins if plugin.status != "disabled"]
+    failing = [plugin.name for plugin in chosen if not _check(plugin)]
+    if failing:
+        click.echo(f"\n{len(failing)} of {len(chosen)} plugins break a rule: {', '.join(failing)}")
+        ctx.exit(1)
+
+
+def _check(plugin: Plugin) -> bool:
+    """Prints the outcome of every rule."""
+    from miles_core.testing import checks
+
+    good = True
+    click.echo(f"{plugin.name} {plugin.version}")
+    for rule, faults in checks.check(plugin):
+        mark = click.style("fail", fg="red") if faults else click.style("ok  ", fg="green")
+        click.echo(f"  {mark}  {rule.replace('_', ' ')}")
+        for fault in faults:
+            click.echo(f"        {fault}")
+        good = good and not faults
+    return good
+
+
+# ---- hooks --------------------------------------------------------------------------------------------------------
+
+
+@plugins.command()
+def hooks() -> None:
+    """List every hook: its family, since which release it exists, and who implements it."""
+    catalog = discover()
+    rows = [
+        (hook, "declaration", _since(vars(DeclarationHooks)[hook]), _declarers(catalog, kind))
+        for hook, kind in declaration_kinds().items()
+    ]
+    heard = _callbacks(catalog)
+    for role in LIFECYCLE:
+        for hook, spec in lifecycle_hooks(role).items():
+            names = [name for name, callback in heard.items() if hasattr(callback, hook)]
+            rows.append((hook, role, _since(spec), ", ".join(names)))
+    table(("Hook", "Family", "Since", "Implemented by"), rows)
+
+
+def _since(spec: Any) -> str:
+    match = re.search(r"\bSince (\d+(\.\d+)*)", spec.__doc__ or "")
+    return match[1] if match else "?"
+
+
+def _declarers(catalog: Catalog, kind: type[Spec]) -> str:
+    return ", ".join(sorted({entry.plugin.name for entry in catalog.all(kind)}))
+
+
+def _callbacks(catalog: Catalog) -> dict[str, object]:
+    """ "plugin:callback" -> its class. One that does not load is named on stderr and left out."""
+    found = {}
+    for entry in catalog.all(CallbackSpec):
+        try:
+            found[f"{entry.plugin.name}:{entry.spec.name}"] = resolve(entry.spec.ref)
+        except PluginError as error:
+            click.echo(f"{entry.plugin.name}: {error}", file=sys.stderr)
+    return found
