@@ -1,0 +1,217 @@
+"""The policy: a transformers causal language model that gives log-probabilities of packed samples.
+
+Shapes: N tokens of a packed row; T trained tokens; V vocabulary; D hidden.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from miles_core.errors import UserError
+from miles_core.sample import Batch
+from miles_torch import attention_packed
+from miles_torch.logprobs import token_logprobs
+from miles_torch.packing import Packed, plan
+
+LOGITS_LIMIT = 2**28
+"""Most elements of logits that exist at once (1 GiB in float32). Past it they are made in chunks, twice."""
+
+_logger = logging.getLogger(__name__)
+
+
+def load(path: Path, seed: int) -> Any:
+    """The causal language model of a Hugging Face folder (or hub name), in float32 on the CPU, in evaluation mode.
+
+    A folder without weights gives random ones made from `seed`, the same on every rank. Evaluation mode stays: with
+    dropout, old and new log-probabilities of the same weights would differ.
+    """
+    config = AutoConfig.from_pretrained(str(path))
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        if any(path.glob("*.bin")):
+            raise UserError(f"{path} holds pickled weights (*.bin); convert them to safetensors first.")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    else:
+        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True)
+    return model.eval()
+
+
+def layers(model: Any) -> list[nn.Module]:
+    """The decoder layers: the units of sharding and of activation checkpointing."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Makes each layer keep only its input and compute the rest again in the backward pass."""
+    for layer in layers(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by their Hugging Face names, tied ones once, under the first name."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A `Packed` on the device. tokens, positions: int64 [1, N]; sources, targets, segments: int64 [T]."""
+
+    packed: Packed
+    tokens: Tensor
+    positions: Tensor
+    sources: Tensor
+    targets: Tensor
+    segments: Tensor
+    layout: attention_packed.Layout
+
+    @classmethod
+    def build(cls, packed: Packed, device: torch.device) -> MicroBatch:
+        """Copies the indices to the device, once."""
+
+        def move(index: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
+            return torch.from_numpy(index).to(device)
+
+        return cls(
+            packed=packed,
+            tokens=move(packed.tokens)[None],
+            positions=move(packed.positions)[None],
+            sources=move(packed.sources),
+            targets=move(packed.targets),
+            segments=move(packed.segments),
+            layout=attention_packed.layout(packed.trees, device),
+        )
+
+
+class _Given(nn.Module):
+    """Stands in for a model's body and returns hidden states that are already there."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden)  # type: ignore[arg-type]
+
+
+class Policy(nn.Module):
+    """A causal language model that is called with a micro-batch. model: the transformers model.
+
+    packed: samples run end to end in one row and share their prompts, which needs plain causal attention through
+    transformers' attention interface; otherwise they run as rows padded at the end, which any causal model can do.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.packed = True
+        native = model.config._attn_implementation
+        reason = self._refusal(native)
+        if reason is not None:
+            _logger.warning("%s runs padded, not packed: %s", type(model).__name__, reason)
+            self.packed = False
+            model.set_attn_implementation(native)
+
+    def forward(
+        self, micro: MicroBatch, temperature: float = 1.0, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of the trained tokens and, if asked for, entropies, float32 [T]."""
+        hidden = self._packed(micro) if self.packed else self._padded(micro)
+        hidden = hidden[micro.sources]
+        rows = max(1, LOGITS_LIMIT // self.model.config.get_text_config().vocab_size)
+        if len(hidden) <= rows:
+            return self._head(hidden, micro.targets, temperature, entropy)
+        parts = [
+            checkpoint(self._head, part, targets, temperature, entropy, use_reentrant=False)
+            for part, targets in zip(torch.split(hidden, rows), torch.split(micro.targets, rows), strict=True)
+        ]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]) if entropy else None
+
+    def _packed(self, micro: MicroBatch) -> Tensor:
+        """Hidden states of the packed row, [N, D]."""
+        body = self.model.base_model
+        output = body(input_ids=micro.tokens, position_ids=micro.positions, use_cache=False, packed_layout=micro.layout)
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def _padded(self, micro: MicroBatch) -> Tensor:
+        """The same from rows padded at the end; as attention is causal, the padding needs no mask."""
+        outputs = []
+        for block in micro.layout.blocks:
+            tokens = micro.tokens[0, block.gather].view(block.samples, block.longest)
+            positions = torch.arange(block.longest, device=tokens.device).expand_as(tokens)
+            output = self.model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
+            outputs.append(output.last_hidden_state.flatten(0, 1))
+        return torch.cat(outputs)[micro.layout.scatter]
+
+    def _head(self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """From hidden states [T, D]. The model's own forward makes the logits, so soft caps and scales stay right."""
+        with self._body(_Given(hidden[None])):
+            logits = self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        return token_logprobs(logits, targets, temperature=temperature, entropy=entropy)
+
+    @contextmanager
+    def _body(self, stand_in: nn.Module) -> Iterator[None]:
+        name = self.model.base_model_prefix
+        body = self.model._modules[name]
+        self.model._modules[name] = stand_in
+        try:
+            yield
+        finally:
+            self.model._modules[name] = body
+
+    def _refusal(self, native: str) -> str | None:
+        """Why the model cannot run packed, found by trying: two short samples of one prompt, packed and alone."""
+        kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
+        if kinds:
+            return f"it has layers of {', '.join(sorted(kinds))}"
+        batch = _probe(self.model.config.get_text_config().vocab_size)
+        micro = MicroBatch.build(plan(batch, range(len(batch)), budget=2**20)[0][0], torch.device("cpu"))
+        with torch.no_grad():
+            alone = [self._alone(batch, sample) for sample in range(len(batch))]
+            try:
+                self.model.set_attn_implementation(attention_packed.NAME)
+                packed = self(micro)[0]
+            except Exception as error:
+                return f"{type(error).__name__}: {error}"
+        if torch.allclose(packed, torch.cat(alone), rtol=1e-3, atol=1e-3):
+            return None
+        return "its log-probabilities differ from those of each sample alone"
+
+    def _alone(self, batch: Batch, sample: int) -> Tensor:
+        tokens = torch.from_numpy(batch["tokens"][batch.cu_seqlens[sample] : batch.cu_seqlens[sample + 1]]).long()
+        mask = torch.from_numpy(batch["mask"][batch.cu_seqlens[sample] : batch.cu_seqlens[sample + 1]])
+        logprobs = self.model(input_ids=tokens[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+        chosen: Tensor = logprobs.gather(1, tokens[1:, None])[mask[1:], 0]
+        return chosen
+
+
+def _probe(vocabulary: int) -> Batch:
+    """Two samples with one prompt of three tokens and responses of three and two."""
+    tokens = np.array([1, 2, 3, 4, 5, 6, 1, 2, 3, 7, 8], dtype=np.int32) % vocabulary
+    mask = np.array([0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1], dtype=np.bool_)
+    return Batch(
+        cu_seqlens=np.array([0, 6, 11]),
+        columns={"tokens": tokens, "mask": mask},
+        samples={"prompt_length": np.array([3, 3])},
+    )

@@ -1,0 +1,219 @@
+"""The weight sync torch -> torch: flat buckets, broadcast over a process group of its own.
+
+Trainer rank 0 is rank 0 of the group, engine i is rank i + 1. The group is built directly on a TCP store, so no
+default process group is touched on either side, and it can be built again when an engine was replaced. The store
+also carries a few words around each transfer ("engine 1 is ready for transfer 7"), so that whoever waits in vain can
+name the missing side instead of reporting a broken socket.
+
+gloo carries the bytes through host memory; if the trainer and all engines have GPUs of their own, NCCL does.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store
+
+from miles_core.errors import RunError
+from miles_core.roles import Bucket, BucketLayout, EngineContext, TrainerContext
+
+_CONNECT_TIMEOUT_S = 120.0
+"""For engines, whose context has no time limit of its own; the trainer's comes from the run."""
+
+
+def _host_of(address: str) -> str:
+    host = urlsplit(address).hostname
+    if host is None:
+        raise ValueError(f"{address!r} is not an address like tcp://host:port")
+    return host
+
+
+def _own_host(peer: str, port: int) -> str:
+    """The address of this machine on the way to `peer`: loopback for a peer on this machine."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, port))  # datagrams: nothing is sent
+        host: str = probe.getsockname()[0]
+        return host
+
+
+class _Channel:
+    """One member's end: the store for words, the group for bytes."""
+
+    def __init__(self, store: Store, rank: int, size: int, host: str, timeout_s: float) -> None:
+        self.store, self.rank, self.size, self.host = store, rank, size, host
+        self.timeout = timedelta(seconds=timeout_s)
+        self.transfers = 0
+        self.cuda = False
+        self.group: Any = None
+
+    def say(self, word: str) -> None:
+        self.store.set(f"{word}/{self.rank}", "")
+
+    def hear(self, word: str, ranks: Sequence[int]) -> None:
+        """Waits until all of `ranks` have said `word`; the error names those that have not."""
+        try:
+            self.store.wait([f"{word}/{rank}" for rank in ranks], self.timeout)
+        except dist.DistError as error:
+            missing = [_member(rank) for rank in ranks if not self.store.check([f"{word}/{rank}"])]
+            raise RunError(
+                f"weight sync: {', '.join(missing) or 'nobody'} did not come to '{word}' within "
+                f"{self.timeout.total_seconds():g} s; {_member(self.rank)} waited."
+            ) from error
+
+    def join(self, gpus: int) -> None:
+        """Meets all members and builds the group."""
+        self.store.set(f"gpu/{self.rank}", str(int(gpus > 0)))
+        self.say("connect")
+        self.hear("connect", range(self.size))
+        self.cuda = all(int(self.store.get(f"gpu/{rank}")) for rank in range(self.size))
+        store = PrefixStore("group", self.store)
+        if self.cuda:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = self.timeout
+            self.group = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+        else:
+            options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            options._devices = [ProcessGroupGloo.create_device(hostname=self.host)]
+            options._timeout = self.timeout
+            self.group = ProcessGroupGloo(store, self.rank, self.size, options)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
+
+    def meet(self) -> None:
+        """The start of a transfer: everyone is there."""
+        assert self.group is not None, "connect first"
+        self.transfers += 1
+        self.say(f"transfer {self.transfers}")
+        self.hear(f"transfer {self.transfers}", range(self.size))
+
+    def broadcast(self, flat: Tensor) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        try:
+            self.group.broadcast([flat], options).wait()
+        except RuntimeError as error:
+            raise RunError(
+                f"weight sync: transfer {self.transfers} broke off at {_member(self.rank)}: {error}"
+            ) from error
+
+    def close(self) -> None:
+        if self.group is not None:
+            self.group.shutdown()
+        self.group = None
+
+
+def _member(rank: int) -> str:
+    return "the trainer" if rank == 0 else f"engine {rank - 1}"
+
+
+class TorchSender:
+    """The trainer's side. See `miles_core.roles.WeightSender`; only rank 0 does anything."""
+
+    def __init__(self, context: TrainerContext, engines: int) -> None:
+        self._context, self._engines = context, engines
+        self._channel: _Channel | None = None
+
+    def open(self) -> str:
+        """Listens on the address at which the other trainer ranks know this one, at a free port."""
+        host = _host_of(self._context.address)
+        listener = socket.create_server((host, 0))
+        port: int = listener.getsockname()[1]
+        store = TCPStore(
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=self._context.timeout_s),
+            master_listen_fd=listener.detach(),
+        )
+        self._channel = _Channel(store, 0, self._engines + 1, host, self._context.timeout_s)
+        return f"tcp://{host}:{port}"
+
+    def connect(self) -> None:
+        """Waits until all engines are there; the error names those that are not."""
+        if self._context.rank == 0:
+            assert self._channel is not None, "open first"
+            self._channel.join(self._context.gpus)
+
+    def send(self, buckets: Iterator[Bucket]) -> None:
+        """Broadcasts all buckets and returns when every engine has loaded them."""
+        if self._context.rank != 0:
+            for _ in buckets:
+                pass
+            return
+        channel = self._channel
+        assert channel is not None, "open first"
+        channel.meet()
+        for bucket in buckets:
+            channel.broadcast(bucket.flat.to(channel.device))
+        channel.hear(f"loaded {channel.transfers}", range(1, channel.size))
+
+    def close(self) -> None:
+        """Ends the meeting; `open` starts a new one."""
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = None
+
+
+class TorchReceiver:
+    """An engine's side. See `miles_core.roles.WeightReceiver`."""
+
+    def __init__(self, context: EngineContext, engines: int, address: str, layout: Sequence[BucketLayout]) -> None:
+        self._context, self._engines, self._address, self._layout = context, engines, address, tuple(layout)
+        self._channel: _Channel | None = None
+        self._buffers: dict[str, Tensor] = {}
+
+    def connect(self) -> None:
+        """Goes to the trainer's meeting point and waits for the other members."""
+        parts = urlsplit(self._address)
+        host, port = _host_of(self._address), parts.port
+        assert port is not None, f"{self._address} has no port"
+        timeout = timedelta(seconds=_CONNECT_TIMEOUT_S)
+        try:
+            store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        except dist.DistError as error:
+            raise RunError(f"weight sync: the trainer does not answer at {self._address}.") from error
+        rank = self._context.index + 1
+        self._channel = _Channel(store, rank, self._engines + 1, _own_host(host, port), _CONNECT_TIMEOUT_S)
+        self._channel.join(self._context.gpus)
+
+    def receive(self, load: Callable[[Sequence[str], Sequence[Tensor]], None]) -> None:
+        """Receives all buckets of one transfer. The tensors handed to `load` are valid only during the call."""
+        channel = self._channel
+        assert channel is not None, "connect first"
+        channel.meet()
+        for bucket in self._layout:
+            sizes = [math.prod(shape) for shape in bucket.shapes]
+            flat = self._buffer(bucket.dtype, sum(sizes))
+            channel.broadcast(flat)
+            parts = zip(torch.split(flat, sizes), bucket.shapes, strict=True)
+            load(bucket.names, [part.view(shape) for part, shape in parts])
+        channel.say(f"loaded {channel.transfers}")
+
+    def _buffer(self, dtype: str, size: int) -> Tensor:
+        """One buffer a dtype, as large as the largest bucket, used again and again."""
+        assert self._channel is not None
+        if dtype not in self._buffers:
+            largest = max(
+                sum(math.prod(shape) for shape in bucket.shapes) for bucket in self._layout if bucket.dtype == dtype
+            )
+            self._buffers[dtype] = torch.empty(largest, dtype=getattr(torch, dtype), device=self._channel.device)
+        return self._buffers[dtype][:size]
+
+    def close(self) -> None:
+        """Leaves the meeting."""
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = None
+        self._buffers.clear()

@@ -1,0 +1,364 @@
+"""The trainer `torch`: any transformers causal language model, on one process or sharded by FSDP2.
+
+The objective of a mini-batch is exactly sum(weights * losses) over all its trained tokens, on whichever rank and in
+whichever micro-batch they run: gradients are summed, over micro-batches and over ranks, and never averaged.
+
+bfloat16 means that all computing is done in bfloat16 from float32 parameters, by FSDP2's mixed precision, on one rank
+too. Autocast would keep the residual stream in float32, which costs memory and moves the log-probabilities away from
+those of an engine that runs in bfloat16.
+
+Shapes: N tokens of a batch; T trained tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from miles_core.errors import RunError, UserError
+from miles_core.roles import Bucket, BucketLayout, LossInputs, LossOutputs, Segments, TrainerContext, TrainStage
+from miles_core.sample import Batch
+from miles_torch import checkpoint, export, optimizer, sharding
+from miles_torch.metrics import Sums
+from miles_torch.model import MicroBatch, Policy, checkpoint_activations, load, weights
+from miles_torch.options import TrainerOptions
+from miles_torch.packing import Packed, describe, plan
+
+_FIELDS = {
+    "advantages": "advantages",
+    "returns": "returns",
+    "old_logprobs": "old_logprobs",
+    "rollout_logprobs": "rollout_logprobs",
+    "ref_logprobs": "ref_logprobs",
+    "values": "old_values",
+}
+"""Batch column -> field of `LossInputs`."""
+
+_NOT_MEANS = ("loss",)
+"""Sums that are reported as they are; all others are means over tokens."""
+
+
+class TorchTrainer:
+    """One rank. See `miles_core.roles.Trainer`."""
+
+    def __init__(self, options: TrainerOptions, context: TrainerContext) -> None:
+        self.options, self.context = options, context
+        self._reference: Policy | None = None
+        self._steps = 0
+
+    # ---- Life ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Joins the other ranks, loads the model, tells `model_built`, shards."""
+        context, options = self.context, self.options
+        torch.set_num_threads(context.threads)
+        self._device = sharding.device_of(context)
+        sharded = context.world_size > 1 or options.dtype == "bfloat16"
+        if sharded:
+            sharding.join(context)
+        model = load(context.model, context.seed)
+        self._policy = Policy(model)
+        if context.hooks is not None:
+            context.hooks.model_built(context=context, model=model)
+        if context.reference:
+            self._reference = copy.deepcopy(self._policy).requires_grad_(False)
+        if options.activation_checkpointing:
+            checkpoint_activations(model)
+        for policy in filter(None, (self._policy, self._reference)):
+            if sharded:
+                sharding.shard(policy, options.dtype, self._device)
+            policy.to(self._device)
+
+    def begin(self, stage: TrainStage) -> None:
+        """A new optimizer and schedule; the reference becomes a copy of the weights as they are now."""
+        options: TrainerOptions = stage.options
+        for name in ("dtype", "activation_checkpointing"):
+            if getattr(options, name) != getattr(self.options, name):
+                raise UserError(
+                    f"stage {stage.name!r}: trainer.{name} is for the whole run; set it once, in [trainer]."
+                )
+        self._stage, self._stage_options = stage, options
+        self._optimizer = optimizer.build(self._policy, options.optimizer)
+        self._steps = 0
+        if self._reference is not None:
+            with torch.no_grad():
+                for own, other in zip(self._reference.parameters(), self._policy.parameters(), strict=True):
+                    sharding.local(own).copy_(sharding.local(other))
+
+    def sleep(self) -> None:
+        """Gives the GPU memory back; everything waits in host memory."""
+        self._move(torch.device("cpu"))
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """The opposite of `sleep`."""
+        self._move(self._device)
+
+    def stop(self) -> None:
+        """Leaves the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _move(self, device: torch.device) -> None:
+        for policy in filter(None, (self._policy, self._reference)):
+            policy.to(device)
+        for state in self._optimizer.state.values():
+            for name, tensor in state.items():
+                state[name] = tensor.to(device)
+
+    # ---- Numbers ---------------------------------------------------------------------------------------------
+
+    def logprobs(self, batch: Batch, which: Literal["policy", "reference"], step: int) -> NDArray[np.float32] | None:
+        """Token column [N] on rank 0. Packs exactly as `update` does, so that nothing differs before an update."""
+        context = self.context
+        policy = self._policy if which == "policy" else self._reference
+        assert policy is not None, "the run was planned without a reference"
+        if context.hooks is not None:
+            context.hooks.before_logprobs(context=context, step=step, model=policy.model)
+        column = torch.zeros(batch.tokens_total)
+        with torch.no_grad():
+            for samples in _minibatches(batch):
+                for packed in self._plan(batch, samples):
+                    logprobs, _ = policy(MicroBatch.build(packed, self._device), _temperature(batch))
+                    if not packed.dummy:
+                        column[torch.from_numpy(packed.rows)] = logprobs.cpu()
+        sharding.reshard(policy)
+        if context.world_size > 1:
+            dist.reduce(column, dst=0)
+        return column.numpy() if context.rank == 0 else None
+
+    def update(self, batch: Batch, step: int, passes: int) -> Mapping[str, float]:
+        """See `miles_core.roles.Trainer.update`.
+
+        Metrics: loss and grad_norm, means over the optimizer steps; learning_rate, of the last; tokens, trained ones of
+        one pass over the batch; entropy and the loss's own, means over trained tokens; train_seconds, of forward and
+        backward passes; mismatch/logprob_abs and mismatch/kl, the mean |trainer - rollout| log-probability and the
+        k3 estimate of KL(rollout || trainer), over the generated tokens of the first mini-batch, before it is learnt.
+        """
+        minibatches = _minibatches(batch)
+        count = passes * len(minibatches)
+        if count > 1 and "old_logprobs" in self._stage.needs and "old_logprobs" not in batch:
+            raise ValueError(f"{count} optimizer steps on a batch need its column old_logprobs")
+        reports = [
+            self._optimizer_step(batch, minibatches[number % len(minibatches)], step, first=number == 0)
+            for number in range(count)
+        ]
+        return _summary(reports, passes)
+
+    def _optimizer_step(self, batch: Batch, samples: Sequence[int], step: int, *, first: bool) -> dict[str, float]:
+        hooks, context, model = self.context.hooks, self.context, self._policy.model
+        options = self._stage_options.optimizer
+        rate = optimizer.learning_rate(options, self._steps, self._stage.optimizer_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        if hooks is not None:
+            hooks.before_train_step(context=context, step=step, model=model, optimizer=self._optimizer, batch=batch)
+        started = time.perf_counter()
+        sums = Sums(self._device)
+        for packed in self._plan(batch, samples):
+            self._forward_backward(batch, packed, sums, first=first)
+        reduced = sums.reduce()
+        metrics = {
+            name: total if name in _NOT_MEANS else total / count for name, (total, count) in reduced.items() if count
+        }
+        metrics["tokens"] = reduced["loss"][1] if reduced else 0.0
+        metrics["train_seconds"] = time.perf_counter() - started
+        metrics["learning_rate"] = rate
+        metrics["grad_norm"] = self._clip(options.max_grad_norm, step)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._steps += 1
+        if hooks is not None:
+            hooks.after_train_step(context=context, step=step, model=model, optimizer=self._optimizer, metrics=metrics)
+        return metrics
+
+    def _forward_backward(self, batch: Batch, packed: Packed, sums: Sums, *, first: bool) -> None:
+        micro = MicroBatch.build(packed, self._device)
+        logprobs, entropy = self._policy(micro, _temperature(batch), self._stage.entropy)
+        outputs = self._loss(batch, micro, logprobs, entropy)
+        weighted = outputs.losses * self._column(batch, "weights", packed)
+        objective = weighted.sum()
+        if not torch.isfinite(objective):
+            raise RunError(_not_finite(batch, packed, logprobs, outputs.losses))
+        (objective * 0.0 if packed.dummy else objective).backward()  # type: ignore[no-untyped-call]
+        counts = not packed.dummy
+        sums.add("loss", weighted, count=counts)
+        for name, values in outputs.metrics.items():
+            sums.add(name, values, count=counts)
+        if entropy is not None:
+            sums.add("entropy", entropy, count=counts)
+        if first:
+            rollout = self._column(batch, "rollout_logprobs", packed)
+            generated = torch.from_numpy(batch["versions"][packed.rows] >= 0).to(self._device)
+            difference = (logprobs.detach() - rollout)[generated]
+            sums.add("mismatch/logprob_abs", difference.abs(), count=counts)
+            sums.add("mismatch/kl", difference.exp() - 1 - difference, count=counts)
+
+    def _loss(self, batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy: Tensor | None) -> LossOutputs:
+        needs = self._stage.needs & _FIELDS.keys()
+        columns = {_FIELDS[name]: self._column(batch, name, micro.packed) for name in needs if name in batch}
+        if "old_logprobs" in needs and "old_logprobs" not in batch:
+            columns["old_logprobs"] = logprobs.detach()
+        segments = Segments(ids=micro.segments, count=micro.packed.samples)
+        inputs = LossInputs(logprobs=logprobs, segments=segments, entropy=entropy, **columns)
+        outputs = self._stage.loss(inputs, self._stage.loss_options)
+        if outputs.losses.shape != logprobs.shape:
+            raise RunError(
+                f"the loss gave {tuple(outputs.losses.shape)} values for {len(logprobs)} trained tokens; "
+                "it must give one per token and average nothing."
+            )
+        return outputs
+
+    def _clip(self, limit: float, step: int) -> float:
+        """Scales the gradients down to the norm `limit` (0: leaves them) and returns the norm that they had."""
+        parameters = [parameter for parameter in self._policy.parameters() if parameter.grad is not None]
+        if not parameters:
+            return 0.0
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = sharding.whole(norm)
+        if not torch.isfinite(norm):
+            raise RunError(
+                f"step {step}: the gradient norm is {norm.item()} although all losses are finite. "
+                "A lower learning rate, or dtype float32, may help."
+            )
+        if limit:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return float(norm)
+
+    def _plan(self, batch: Batch, samples: Sequence[int]) -> list[Packed]:
+        return plan(
+            batch,
+            samples,
+            budget=self._stage_options.micro_batch_tokens,
+            world_size=self.context.world_size,
+            share=self._policy.packed,
+        )[self.context.rank]
+
+    def _column(self, batch: Batch, name: str, packed: Packed) -> Tensor:
+        return torch.from_numpy(batch[name][packed.rows].astype(np.float32)).to(self._device)
+
+    # ---- Weights ---------------------------------------------------------------------------------------------
+
+    def layout(self) -> Sequence[BucketLayout]:
+        """What `export` will yield, in the type that the trainer computes in."""
+        return export.layout(weights(self._policy.model), getattr(torch, self.options.dtype))
+
+    def export(self) -> Iterator[Bucket]:
+        """See `miles_core.roles.Trainer.export`. Only rank 0's buckets hold bytes."""
+        return export.buckets(weights(self._policy.model), self.layout(), keep=self.context.rank == 0)
+
+    def save(self, folder: Path) -> None:
+        """See `miles_torch.checkpoint` for the files. Rank 0 raises `OSError` if the disk refuses one."""
+        writes = self.context.rank == 0
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+        writer = checkpoint.Writer(folder, writes=writes)
+        for stem, tensors in self._stored().items():
+            writer.write(stem, tensors)
+        states = [checkpoint.random_states()]
+        if self.context.world_size > 1:
+            states = states * self.context.world_size
+            dist.all_gather_object(states, checkpoint.random_states())
+        writer.finish(states, {"stage": self._stage.name, "optimizer_steps": self._steps})
+
+    def restore(self, folder: Path) -> None:
+        """The opposite of `save`, at any number of ranks, after `begin`. Raises `UserError` if it does not fit."""
+        record = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        if record["stage"] != self._stage.name:
+            raise UserError(f"{folder} was saved in stage {record['stage']!r}, not {self._stage.name!r}.")
+        self._steps = int(record["optimizer_steps"])
+        if self._steps:
+            for parameter in self._policy.parameters():
+                self._optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=self._device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        for policy in filter(None, (self._policy, self._reference)):
+            sharding.reshard(policy)
+        for stem, tensors in self._stored().items():
+            checkpoint.fill(folder, stem, tensors)
+        checkpoint.set_random_states(folder, self.context.rank)
+
+    def _stored(self) -> dict[str, dict[str, Tensor]]:
+        """File stem -> the live tensors that a checkpoint holds."""
+        stored = {"weights": weights(self._policy.model), "optimizer": {}}
+        for name, parameter in self._policy.model.named_parameters():
+            for moment, tensor in self._optimizer.state.get(parameter, {}).items():
+                stored["optimizer"][f"{name}/{moment}"] = tensor
+        if self._reference is not None:
+            stored["reference"] = weights(self._reference.model)
+        return stored
+
+    def save_pretrained(self, folder: Path) -> None:
+        """See `miles_core.roles.Trainer.save_pretrained`. A collective; rank 0 writes."""
+        dtype = getattr(torch, self.options.dtype)
+        full: dict[str, Tensor] = {}
+        for name, tensor in weights(self._policy.model).items():
+            gathered = sharding.whole(tensor)
+            if self.context.rank == 0:
+                full[name] = gathered.to("cpu", dtype)
+        if self.context.rank == 0:
+            export.pretrained(full, self.context.model, folder)
+
+
+def _minibatches(batch: Batch) -> list[list[int]]:
+    """The samples of each mini-batch; one with all of them before the batch has been divided."""
+    if "minibatch" not in batch.samples:
+        return [list(range(len(batch)))]
+    numbers = batch.samples["minibatch"]
+    return [np.flatnonzero(numbers == number).tolist() for number in range(int(numbers.max(initial=0)) + 1)]
+
+
+def _temperature(batch: Batch) -> float:
+    """Greedy sampling reports log-probabilities at temperature 1."""
+    return batch.temperature or 1.0
+
+
+def _not_finite(batch: Batch, packed: Packed, logprobs: Tensor, losses: Tensor) -> str:
+    """Names the first trained token of a micro-batch at which something is not finite."""
+    bad = torch.nonzero(~(torch.isfinite(logprobs) & torch.isfinite(losses)))
+    place = int(bad[0]) if len(bad) else 0
+    row = int(packed.rows[place])
+    sample = int(np.searchsorted(batch.cu_seqlens, row, side="right")) - 1
+    token = row - int(batch.cu_seqlens[sample])
+    return (
+        f"sample {describe(batch, sample)}, token {token} (id {int(packed.targets[place])}): log-probability "
+        f"{logprobs[place].item():g}, loss {losses[place].item():g}, weight {float(batch['weights'][row]):g}; "
+        "the sum of the losses is not finite and the step was not taken."
+    )
+
+
+def _summary(reports: Sequence[Mapping[str, float]], passes: int) -> dict[str, float]:
+    """One report of several optimizer steps: means over tokens, or over steps for what a step has once."""
+    if not reports:
+        return {}
+    tokens = [report["tokens"] for report in reports]
+    summary: dict[str, float] = {}
+    for name in {name: None for report in reports for name in report}:
+        known = [(report[name], weight) for report, weight in zip(reports, tokens, strict=True) if name in report]
+        values = [value for value, _ in known]
+        if name in ("loss", "grad_norm"):
+            summary[name] = sum(values) / len(values)
+        elif name == "tokens":
+            summary[name] = sum(values) / passes
+        elif name == "train_seconds":
+            summary[name] = sum(values)
+        elif name == "learning_rate":
+            summary[name] = values[-1]
+        else:
+            summary[name] = sum(value * weight for value, weight in known) / max(
+                1.0, sum(tokens_ for _, tokens_ in known)
+            )
+    return summary
