@@ -66,6 +66,11 @@ def test_needed_columns_are_handed_over():
     np.testing.assert_array_equal(got["advantages"], [0, 2, 0, 6, 8])
 
 
+def test_samples_that_could_not_be_scored_are_kept_from_the_advantage():
+    unscored = batch((1.0, np.nan)).with_samples(scored=np.array([True, False]))
+    np.testing.assert_array_equal(apply_advantage(unscored, component("spread"))["advantages"], [0, 1, 0, 0, 0])
+
+
 @pytest.mark.parametrize("reward", [np.nan, np.inf, -np.inf])
 def test_a_reward_that_is_not_finite_names_its_sample(reward):
     with pytest.raises(RunError, match=r"sample 41/3 has reward -?(nan|inf)"):
@@ -75,9 +80,9 @@ def test_a_reward_that_is_not_finite_names_its_sample(reward):
 @pytest.mark.parametrize(
     ("behaviour", "message"),
     [
-        ("unmasked", r"'fake' of miles-fake gave advantages 2.0 at token 0 of sample 40/0: not 0 where masked"),
+        ("unmasked", r"advantages of .*'fake' of miles-fake is 2.0 at token 0 of sample 40/0: not 0 where masked"),
         ("short", r"shape \(2,\) for 5 tokens"),
-        ("infinite", r"advantages inf at token 1 of sample 40/0: not finite"),
+        ("infinite", r"is inf at token 1 of sample 40/0: not finite"),
         ("other", r"gave the columns \['returns'\]; its record says \['advantages'\]"),
         ("raises", r"failed: division by zero"),
     ],

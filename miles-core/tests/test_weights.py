@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from miles_core.config.schema import LossSection
+from miles_core.errors import RunError
 from miles_core.run.weights import aggregate, split
 from miles_core.sample import Batch, Sample
 
@@ -136,6 +139,22 @@ def test_a_minibatch_of_nothing_but_masked_tokens_weighs_nothing():
     batch = Batch.pack([make(0, 0, [False, False]), make(1, 0, [])])
     for aggregation in AGGREGATIONS:
         assert not aggregate(batch, section(aggregation), 2)["weights"].any()
+
+
+def test_truncated_samples_can_be_masked_and_then_count_for_nothing():
+    samples = [make(0, 0, [True, True]), replace(make(0, 1, [True] * 3), status="truncated"), make(1, 0, [True])]
+    loss = replace(section("sequence"), mask_truncated=True)
+    batch = aggregate(Batch.pack(samples), loss, 1)
+    np.testing.assert_array_equal(batch["weights"][batch["mask"]], [0.25, 0.25, 0.5])
+    assert batch["mask"].sum() == 3
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_log_probability_that_is_not_finite_names_its_token(value):
+    broken = make(4, 2, [False, True])
+    broken.logprobs[1] = value
+    with pytest.raises(RunError, match=r"rollout_logprobs is (nan|-inf) at token 3 of sample 4/2"):
+        aggregate(Batch.pack([make(0, 0, [True]), broken]), section("token"), 1)
 
 
 def test_fewer_samples_than_minibatches_are_refused():

@@ -69,6 +69,11 @@ class DeclarationHooks:
         raise AssertionError("a specification is never called")
 
     @hookspec
+    def miles_corrections(self) -> Iterable[specs.CorrectionSpec]:
+        """Corrections: how much a token counts that another policy wrote. Since 0.1."""
+        raise AssertionError("a specification is never called")
+
+    @hookspec
     def miles_data_sources(self) -> Iterable[specs.DataSourceSpec]:
         """Data sources: where prompts come from. Since 0.1."""
         raise AssertionError("a specification is never called")

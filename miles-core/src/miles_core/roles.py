@@ -80,10 +80,13 @@ class LossInputs:
 class LossOutputs:
     """losses: [T], one per trained token, never averaged; the trainer sums `weights * losses`.
 
+    penalties: [T], terms that corrections leave alone, such as the KL divergence to a reference and the entropy bonus;
+    `miles_core.run.objective` adds them to the corrected losses, so a trainer never sees them.
     metrics: name -> [T] without gradient; the step reports each one's mean over all trained tokens.
     """
 
     losses: Tensor
+    penalties: Tensor | None = None
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -94,10 +97,42 @@ class Loss(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorrectionInputs:
+    """What a correction may read, all [T] and without gradient. logprobs: of the policy being trained, now.
+
+    old_logprobs: of the policy before this batch's first update; rollout_logprobs: the engine's. advantages are None
+    for a loss that reads none.
+    """
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    rollout_logprobs: Tensor
+    segments: Segments
+    advantages: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionOutputs:
+    """weights: [T], not negative, multiplied with each token's loss. metrics: as in `LossOutputs`."""
+
+    weights: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Correction(Protocol):
+    """A pure function of a record and its options. Runs on every trainer rank, once a micro-batch."""
+
+    def __call__(self, inputs: CorrectionInputs, options: Any) -> CorrectionOutputs: ...
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdvantageInputs:
-    """rewards: float64 [S]. reward_parts: each component before weighting, float64 [S]. groups: int64 [S], equal for
-    the samples of one prompt. segment_ids: int64 [N], the sample of each token. mask: bool [N], trained tokens.
-    columns: the token columns [N] that the record says it needs.
+    """rewards: float64 [S]. reward_parts: each component before weighting, float64 [S]; reward_weights: the weight of
+    each. groups: int64 [S], equal for the samples of one prompt. baseline: bool [S], samples that are only there to be
+    compared with; None if there are none. segment_ids: int64 [N], the sample of each token. mask: bool [N], trained
+    tokens. columns: the token columns [N] that the record says it needs.
+
+    Samples that could not be scored are left out, so all rewards are finite.
     """
 
     rewards: NDArray[np.float64]
@@ -105,6 +140,8 @@ class AdvantageInputs:
     groups: NDArray[np.int64]
     segment_ids: NDArray[np.int64]
     mask: NDArray[np.bool_]
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
+    baseline: NDArray[np.bool_] | None = None
     columns: Mapping[str, NDArray[np.floating[Any]]] = field(default_factory=dict)
 
 
@@ -255,7 +292,8 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStage:
-    """What a trainer does until told otherwise. loss, loss_options: the loss. steps: for schedules, in optimizer steps.
+    """What a trainer does until told otherwise. loss: a `miles_core.run.objective.Objective`; loss_options: its loss's.
+    needs: token columns that it reads. optimizer_steps: for schedules.
 
     entropy: whether the loss reads it. options: the trainer's options with this stage's overrides.
     """

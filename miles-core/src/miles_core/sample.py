@@ -109,6 +109,7 @@ class Sample:
     mask: bool [R], true where the token is trained; logprobs: float32 [R], the rollout's, 0 where not generated;
     versions: int32 [R], -1 where not generated. group: the id of the prompt; index: place among its samples.
     reward is None until scored; rewards holds each component before weighting; error says why scoring failed.
+    baseline: it is never trained (its mask is all false) and only says how good the prompt is, as in ReMax.
     """
 
     group: int
@@ -126,6 +127,7 @@ class Sample:
     answer: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     routed_experts: IntArray | None = None
+    baseline: bool = False
 
     def __post_init__(self) -> None:
         lengths = {len(self.response), len(self.mask), len(self.logprobs), len(self.versions)}
@@ -145,7 +147,9 @@ class Sample:
 Group = list[Sample]
 """The samples of one prompt, in order of `index`."""
 
-SAMPLE_COLUMNS = frozenset({"reward", "group", "index", "minibatch", "prompt_length"})
+SAMPLE_COLUMNS = frozenset(
+    {"reward", "group", "index", "minibatch", "prompt_length", "scored", "truncated", "baseline"}
+)
 """Names of the per-sample columns a batch may have."""
 
 
@@ -157,8 +161,9 @@ class Batch:
     columns: token columns [T], named in `TOKEN_COLUMNS`: tokens int32, mask bool, rollout_logprobs float32,
     versions int32 always; weights, advantages, returns, old_logprobs, ref_logprobs, values float64 or float32 once
     computed. samples: per-sample columns [S], named in `SAMPLE_COLUMNS`: reward float64, group int64, index int32,
-    prompt_length int64; minibatch int32 once the weights are computed.
-    reward_parts: each reward component before weighting, float64 [S].
+    prompt_length int64, scored bool (neither failed nor aborted, so the reward means something), truncated bool,
+    baseline bool; minibatch int32 once the weights are computed.
+    reward_parts: each reward component before weighting, float64 [S]. reward_weights: the weight of each, 1 if absent.
     temperature: of the sampling; the trainer divides logits by it.
 
     `weights` is the loss aggregation: the objective of mini-batch m is exactly
@@ -169,6 +174,7 @@ class Batch:
     columns: Mapping[str, NDArray[Any]]
     samples: Mapping[str, NDArray[Any]]
     reward_parts: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
@@ -231,7 +237,13 @@ class Batch:
         )
 
     @classmethod
-    def pack(cls, samples: Sequence[Sample], *, temperature: float = 1.0) -> Batch:
+    def pack(
+        cls,
+        samples: Sequence[Sample],
+        *,
+        temperature: float = 1.0,
+        reward_weights: Mapping[str, float] | None = None,
+    ) -> Batch:
         """Packs samples in the given order. Every sample needs a reward and at least one prompt token."""
         for sample in samples:
             if sample.reward is None:
@@ -261,10 +273,14 @@ class Batch:
                 "group": np.array([sample.group for sample in samples], dtype=np.int64),
                 "index": np.array([sample.index for sample in samples], dtype=np.int32),
                 "prompt_length": np.array([len(sample.prompt) for sample in samples], dtype=np.int64),
+                "scored": np.array([sample.status not in ("failed", "aborted") for sample in samples], dtype=np.bool_),
+                "truncated": np.array([sample.status == "truncated" for sample in samples], dtype=np.bool_),
+                "baseline": np.array([sample.baseline for sample in samples], dtype=np.bool_),
             },
             reward_parts={
                 name: np.array([sample.rewards.get(name, np.nan) for sample in samples], dtype=np.float64)
                 for name in parts
             },
+            reward_weights=reward_weights or {},
             temperature=temperature,
         )

@@ -19,7 +19,7 @@ TOKEN_COLUMNS = frozenset(
 )  # fmt: skip
 """Names of the per-token columns that a batch may have, so what a loss or an advantage may need."""
 
-_NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
+_NAME = re.compile(r"[a-z0-9]+\+*([.-][a-z0-9]+\+*)*")
 _REF = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
@@ -76,11 +76,28 @@ class LossSpec(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorrectionSpec(Spec):
+    """A correction for samples that another policy than the trained one wrote: `ref` is a `roles.Correction`.
+
+    needs, needs_if: token columns it reads, as in `LossSpec`.
+    """
+
+    kind: ClassVar[str] = "correction"
+    needs: frozenset[str] = frozenset({"old_logprobs", "rollout_logprobs"})
+    needs_if: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_columns(self, self.needs | frozenset(self.needs_if))
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdvantageSpec(Spec):
     """An advantage estimator: `ref` is a `roles.Advantage`.
 
     needs, needs_if: token columns beside the mask, as in `LossSpec`. gives: token columns it fills.
     groups: it compares the samples of one prompt, so it needs at least two of them.
+    baseline: it reads the rewards of samples that a rollout of the same trait made only to be compared with.
     """
 
     kind: ClassVar[str] = "advantage"
@@ -88,6 +105,7 @@ class AdvantageSpec(Spec):
     needs_if: Mapping[str, str] = field(default_factory=dict)
     gives: frozenset[str] = frozenset({"advantages"})
     groups: bool = False
+    baseline: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,11 +139,13 @@ class RolloutSpec(Spec):
 
     engine: it generates, so the run needs an engine; False for rollouts that read their responses from the data.
     turns: "multi" if tool or environment output stands between the policy's tokens.
+    baseline: one sample of each prompt only says how good the prompt is (`Sample.baseline`).
     """
 
     kind: ClassVar[str] = "rollout"
     engine: bool = True
     turns: Literal["single", "multi"] = "single"
+    baseline: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,11 +86,14 @@ class ModelSection:
 @dataclass(frozen=True, kw_only=True)
 class LossSection:
     """`[loss]`, beside the loss's own options. aggregation: how per-token losses become one number, through
-    `Batch.weights`; see `miles_core.run.weights`. aggregation_length: the constant of "constant"."""
+    `Batch.weights`; see `miles_core.run.weights`. aggregation_length: the constant of "constant". mask_truncated:
+    samples that reached the length limit are not trained, but their rewards still count for the advantages of their
+    siblings (overlong filtering)."""
 
     name: str
     aggregation: Aggregation = "token"
     aggregation_length: int | None = None
+    mask_truncated: bool = False
 
     def __post_init__(self) -> None:
         if (self.aggregation == "constant") != (self.aggregation_length is not None):
@@ -236,6 +239,7 @@ class Stage:
     loss: Component
     loss_section: LossSection
     trainer: Component
+    corrections: tuple[Component, ...] = ()
 
     @property
     def last_step(self) -> int:

@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles_core.config.schema import Aggregation, LossSection
+from miles_core.run.checks import check_logprobs
 from miles_core.sample import Batch
 
 Floats = NDArray[np.float64]
@@ -41,9 +42,13 @@ Ints = NDArray[np.int64]
 def aggregate(batch: Batch, loss: LossSection, minibatches: int) -> Batch:
     """The batch with the sample column `minibatch` and the token column `weights` (float64, 0 where masked).
 
-    Depends on the samples themselves alone, not on their order in the batch. Runs in the collector.
-    Raises ValueError if there are fewer samples than mini-batches.
+    Depends on the samples themselves alone, not on their order in the batch. With `loss.mask_truncated`, truncated
+    samples lose their mask here, after the advantages are computed. Runs in the collector. Raises ValueError if there
+    are fewer samples than mini-batches, and RunError for a log-probability of a trained token that is not finite.
     """
+    check_logprobs(batch)
+    if loss.mask_truncated:
+        batch = batch.with_columns(mask=batch["mask"] & ~batch.samples["truncated"][batch.segment_ids])
     minibatch = split(batch.samples["group"], batch.samples["index"], minibatches)
     segments, mask = batch.segment_ids, batch["mask"]
     tokens = np.bincount(segments[mask], minlength=len(batch)).astype(np.float64)

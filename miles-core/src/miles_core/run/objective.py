@@ -1,0 +1,70 @@
+"""The objective of a stage: a loss with its corrections, itself a `roles.Loss`.
+
+    objective_t = loss_t * prod_c weight_c,t + penalty_t
+
+Trainers get this instead of the bare loss, so they know nothing of corrections and penalties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
+
+from miles_core.config.schema import Stage
+from miles_core.roles import Correction, CorrectionInputs, Loss, LossInputs, LossOutputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """corrections: (name, correction, options), whose weights are multiplied. Their metrics are "name/metric".
+
+    Runs on every trainer rank, once a micro-batch. Picklable where the loss and the corrections are.
+    """
+
+    loss: Loss
+    corrections: tuple[tuple[str, Correction, Any], ...] = ()
+
+    def __call__(self, inputs: LossInputs, options: Any) -> LossOutputs:
+        """Per-token objectives [T] without penalties left over. options: of the loss."""
+        outputs = self.loss(inputs, options)
+        losses = outputs.losses
+        metrics: dict[str, Tensor] = dict(outputs.metrics)
+        for name, correction, its_options in self.corrections:
+            corrected = correction(_correction_inputs(inputs), its_options)
+            losses = losses * corrected.weights
+            metrics |= _prefixed(name, {"weight": corrected.weights, **corrected.metrics})
+        if outputs.penalties is not None:
+            losses = losses + outputs.penalties
+        return LossOutputs(losses=losses, metrics=metrics)
+
+
+def stage_objective(stage: Stage) -> Objective:
+    """The objective of a stage. Imports the loss and its corrections, which need torch."""
+    return Objective(
+        loss=resolve_name(stage.loss.spec.ref),
+        corrections=tuple(
+            (component.spec.name, resolve_name(component.spec.ref), component.options)
+            for component in stage.corrections
+        ),
+    )
+
+
+def _correction_inputs(inputs: LossInputs) -> CorrectionInputs:
+    assert inputs.old_logprobs is not None
+    assert inputs.rollout_logprobs is not None
+    return CorrectionInputs(
+        logprobs=inputs.logprobs.detach(),
+        old_logprobs=inputs.old_logprobs,
+        rollout_logprobs=inputs.rollout_logprobs,
+        segments=inputs.segments,
+        advantages=inputs.advantages,
+    )
+
+
+def _prefixed(name: str, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{name}/{key}": value for key, value in metrics.items()}

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pickle
+
+import torch
+
+from miles_core.roles import CorrectionOutputs, LossInputs, LossOutputs, Segments
+from miles_core.run.objective import Objective
+
+
+def loss(inputs, options):
+    return LossOutputs(
+        losses=-options * inputs.logprobs,
+        penalties=0.5 * inputs.logprobs.square(),
+        metrics={"ratio": inputs.logprobs.detach()},
+    )
+
+
+def plain(inputs, options):
+    return LossOutputs(losses=-inputs.logprobs)
+
+
+def ratio(inputs, options):
+    assert not inputs.logprobs.requires_grad
+    return CorrectionOutputs(weights=(inputs.old_logprobs - inputs.rollout_logprobs).exp())
+
+
+def halve(inputs, options):
+    weights = torch.full_like(inputs.logprobs, options)
+    return CorrectionOutputs(weights=weights, metrics={"share": weights > 0})
+
+
+def inputs() -> LossInputs:
+    return LossInputs(
+        logprobs=torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64, requires_grad=True),
+        old_logprobs=torch.tensor([-1.5, -2.0, -1.0], dtype=torch.float64),
+        rollout_logprobs=torch.tensor([-1.0, -2.5, -1.0], dtype=torch.float64),
+        segments=Segments(ids=torch.tensor([0, 0, 1]), count=2),
+    )
+
+
+def test_corrections_multiply_the_loss_and_leave_penalties_alone():
+    given = inputs()
+    objective = Objective(loss=loss, corrections=(("ratio", ratio, None), ("halve", halve, 0.5)))
+    outputs = objective(given, 3.0)
+    weights = torch.tensor([-0.5, 0.5, 0.0], dtype=torch.float64).exp() * 0.5
+    expected = -3 * given.logprobs * weights + 0.5 * given.logprobs.square()
+    torch.testing.assert_close(outputs.losses, expected)
+    (gradient,) = torch.autograd.grad(outputs.losses.sum(), given.logprobs)
+    torch.testing.assert_close(gradient, -3 * weights + given.logprobs.detach())
+    assert outputs.penalties is None
+    assert set(outputs.metrics) == {"ratio", "ratio/weight", "halve/weight", "halve/share"}
+
+
+def test_a_loss_without_corrections_and_penalties_is_itself():
+    given = inputs()
+    torch.testing.assert_close(Objective(loss=plain)(given, None).losses, -given.logprobs)
+
+
+def test_an_objective_crosses_processes():
+    objective = Objective(loss=torch.nn.functional.relu, corrections=(("a", torch.exp, 1),))
+    assert pickle.loads(pickle.dumps(objective)) == objective
