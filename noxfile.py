@@ -1,0 +1,115 @@
+"""The sessions of this repository: `nox` runs what CI runs, `nox -s arithmetic` the main job, `nox -l` lists them all.
+
+All but two sessions share one environment, `.nox/workspace`, because a second copy of torch, transformers and Ray
+would cost minutes. To work in it: `nox -s workspace && source .nox/workspace/bin/activate`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+MEMBERS = sorted(
+    pyproject.parent.relative_to(ROOT)
+    for pattern in ("miles-core", "miles-plugins/*", "miles-models/*")
+    for pyproject in ROOT.glob(f"{pattern}/pyproject.toml")
+)
+CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
+# Installed first, so that nothing is built in an environment of its own; setuptools is for what has no wheel on PyPI.
+BUILDERS = ("editables", "hatchling", "setuptools")
+TOOLS = ("hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "uv")
+
+# pip, and not uv, because only pip sees the find-links and indexes that pip is configured with, where a machine may
+# keep its CPU build of torch.
+nox.options.default_venv_backend = "virtualenv"
+
+
+@nox.session(default=False, reuse_venv=True)
+def workspace(session: nox.Session) -> None:
+    """Install every distribution, editable, and the tools; the other sessions run in this environment."""
+    session.install(*CONSTRAINTS, *BUILDERS)
+    editable = [argument for member in MEMBERS for argument in ("-e", str(member))]
+    session.install("--no-build-isolation", *CONSTRAINTS, *editable, *TOOLS)
+
+
+def enter_workspace(session: nox.Session) -> Path:
+    """Put the workspace's commands first on the session's path; returns the environment's folder."""
+    folder = session.cache_dir.parent / "workspace"
+    session.env["VIRTUAL_ENV"] = str(folder)
+    session.env["PATH"] = os.pathsep.join((str(folder / "bin"), os.environ["PATH"]))
+    session.env["OMP_NUM_THREADS"] = "1"
+    return folder
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, errors, and the ceilings on a function's branches and statements."""
+    session.install(*CONSTRAINTS, "ruff")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session(venv_backend="none", requires=["workspace"])
+def types(session: nox.Session) -> None:
+    """Mypy, strict: each distribution with its tests, then what belongs to them all."""
+    enter_workspace(session)
+    # One run each: tests of different distributions may have the same module name.
+    for target in (*((str(member),) for member in MEMBERS), ("noxfile.py", "tests", "docs"), ("benchmarks",)):
+        session.run("mypy", *target, external=True)
+
+
+@nox.session(venv_backend="none", requires=["workspace"])
+def tests(session: nox.Session) -> None:
+    """All tests; arguments go to pytest: `nox -s tests -- -k grpo`."""
+    enter_workspace(session)
+    session.run("pytest", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none", requires=["workspace"])
+def package(session: nox.Session) -> None:
+    """Build every wheel, and use each with nothing but what it declares: `nox -s package -- miles-grpo` for one."""
+    enter_workspace(session)
+    wheels = Path(session.create_tmp()) / "wheels"
+    shutil.rmtree(wheels, ignore_errors=True)
+    # pip makes a wheel of each distribution and brings one of everything that they depend on; uv then installs from
+    # that folder alone, by hard links, so that an environment for each distribution costs seconds.
+    session.run("pip", "wheel", "-q", "--no-build-isolation", *CONSTRAINTS, "-w", wheels, *MEMBERS, external=True)
+    names = session.posargs or [member.name for member in MEMBERS]
+    for name in names:
+        try_wheels(session, wheels, [name])
+    if len(names) == len(MEMBERS):
+        try_wheels(session, wheels, names)
+
+
+def try_wheels(session: nox.Session, wheels: Path, names: list[str]) -> None:
+    """Install `names` into a new environment from `wheels` and import, list and check them there."""
+    environment = Path(session.create_tmp()) / ("all" if len(names) > 1 else names[0])
+    session.run("uv", "venv", "-q", "--clear", environment, external=True)
+    python = environment / "bin" / "python"
+    session.run(
+        "uv", "pip", "install", "-q", "--offline", "--no-index", "--find-links", wheels, "--python", python, *names,
+        external=True,
+    )  # fmt: skip
+    # Isolated (-I): neither the working folder nor PYTHONPATH may lend a module that the wheel lacks.
+    packages = [name.replace("-", "_") for name in names]
+    session.run(python, "-I", ROOT / "tests" / "import_all.py", *packages, external=True)
+    session.run(environment / "bin" / "miles", "plugins", "list", external=True)
+    session.run(environment / "bin" / "miles", "plugins", "check", external=True)
+
+
+@nox.session(venv_backend="none", requires=["workspace"])
+def docs(session: nox.Session) -> None:
+    """Links lead somewhere and examples are valid."""
+    enter_workspace(session)
+    session.run("pytest", "docs", external=True)
+
+
+@nox.session(venv_backend="none", requires=["workspace"])
+def arithmetic(session: nox.Session) -> None:
+    """The main job: a small model learns arithmetic. Arguments go to `miles train`: `nox -s arithmetic -- seed=1`."""
+    enter_workspace(session)
+    session.run("miles", "train", "arithmetic", *session.posargs, external=True)
