@@ -76,10 +76,7 @@ def _check_module(manager: pluggy.PluginManager, module: ModuleType) -> None:
         if not own and decorated is None:
             continue
         if roles := _roles_of(name):
-            raise RefusedError(
-                f"{name} is a hook of the {roles[0]}'s callbacks; a module cannot implement it, "
-                "only the class of a CallbackSpec can"
-            )
+            raise RefusedError(f"{name} is a hook for the callbacks of a {roles[0]}; a module cannot implement it")
         if name in declaration_kinds():
             _check_declaration(name, item, decorated)
         elif decorated is not None:

@@ -130,7 +130,7 @@ def _recipe_faults(recipe: RecipeSpec) -> Iterator[str]:
     package, _, path = recipe.ref.partition(":")
     try:
         tomllib.loads((files(package) / path).read_text(encoding="utf-8"))
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, TypeError, ValueError) as error:  # TypeError: a module, no package
         yield f"{recipe.ref} cannot be read: {one_line(error)}"
 
 
