@@ -235,10 +235,12 @@ class _Found:
     @classmethod
     def read(cls, distribution: Distribution) -> _Found:
         entries = [point.value for point in distribution.entry_points if point.group == GROUP]
-        requirements = [text for text in distribution.requires or () if _requires_core(text)]
+        metadata = distribution.metadata  # parsed anew at every access
+        dependencies = metadata.get_all("Requires-Dist") or distribution.requires or ()  # the latter reads egg-info too
+        requirements = [text for text in dependencies if _requires_core(text)]
         return cls(
-            name=normalised(distribution.name),
-            version=distribution.version,
+            name=normalised(metadata["Name"]),
+            version=metadata["Version"],
             entry=entries[0] if entries else "",
             requires=", ".join(_REQUIREMENT_NAME.sub("", text, count=1).strip() for text in requirements),
             requirements=tuple(requirements),
