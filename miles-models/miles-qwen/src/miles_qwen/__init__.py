@@ -1,1 +1,28 @@
-"""Miles plugin: qwen."""
+"""Miles plugin: the Qwen family of models."""
+
+from collections.abc import Iterable
+
+from miles_core import ModelSpec, hookimpl
+
+
+@hookimpl
+def miles_models() -> Iterable[ModelSpec]:
+    """The families of this plugin."""
+    yield ModelSpec(
+        name="qwen2",
+        ref="miles_qwen.family:Qwen2",
+        architectures=("Qwen2ForCausalLM",),
+        summary="Qwen2 and Qwen2.5, dense.",
+    )
+    yield ModelSpec(
+        name="qwen3",
+        ref="miles_qwen.family:Qwen3",
+        architectures=("Qwen3ForCausalLM",),
+        summary="Qwen3, dense.",
+    )
+    yield ModelSpec(
+        name="qwen3-moe",
+        ref="miles_qwen.family:Qwen3Moe",
+        architectures=("Qwen3MoeForCausalLM",),
+        summary="Qwen3, mixture of experts.",
+    )

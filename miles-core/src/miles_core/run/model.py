@@ -1,0 +1,86 @@
+"""The model folder of a run: an existing one, one of the Hugging Face hub, or a new one made from a family.
+
+Every process reads config and tokenizer from that folder. Without weights in it the trainer makes them from the seed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from miles_core.config.schema import ModelSection
+from miles_core.errors import UserError
+from miles_core.roles import ModelFamily
+from miles_core.run.tokenizers import check_tokenizer, make_tokenizer
+
+
+def prepare_model(section: ModelSection, family: ModelFamily | None, folder: Path) -> Path:
+    """The Hugging Face folder of the model that `section` names: config and tokenizer, and weights if it has a `path`.
+
+    A new model of `family` is written into `folder`, without weights. Runs in the driver; imports neither torch nor
+    transformers. Raises `UserError` for a folder or hub name that is no model and for a config that the family refuses.
+    """
+    if section.path is not None:
+        return _existing(section.path)
+    assert family is not None, "a plan with model.family has resolved it"
+    tokens = make_tokenizer(section.tokenizer, folder)
+    try:
+        config = family.fresh(
+            {"bos_token_id": None, **tokens, "max_position_embeddings": section.max_tokens, **section.config}
+        )
+    except ValueError as error:
+        raise UserError(f"[model.config] of family {section.family!r}: {error}") from error
+    if config["vocab_size"] < tokens["vocab_size"]:
+        raise UserError(
+            f"model.config.vocab_size = {config['vocab_size']} is smaller than the {tokens['vocab_size']} tokens of "
+            f"model.tokenizer = {section.tokenizer!r}; leave it out"
+        )
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    return folder
+
+
+def _existing(path: str) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        folder = _downloaded(path)
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"model.path = {path!r}: {folder} has no config.json, so it is no Hugging Face model")
+    try:
+        json.loads(config.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"model.path = {path!r}: {config} is not JSON: {error}") from error
+    check_tokenizer(folder)
+    _check_weights(folder)
+    return folder.resolve()
+
+
+def _check_weights(folder: Path) -> None:
+    """Weights are read from safetensors alone: others are pickled code. A folder without any is a new model."""
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} has its weights only as {pickled[0]}; save it again with transformers' `save_pretrained`, "
+            "which writes safetensors"
+        )
+
+
+def _downloaded(name: str) -> Path:
+    """The local snapshot of a hub model, downloaded if it is not there yet."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        snapshot = snapshot_download(
+            name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*"]
+        )
+    except HFValidationError as error:
+        raise UserError(
+            f"model.path = {name!r} is neither an existing folder nor a name on the Hugging Face hub"
+        ) from error
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's
+        raise UserError(
+            f"model.path = {name!r} is not an existing folder, and cannot be had from the Hugging Face hub: "
+            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        ) from error
+    return Path(snapshot)
