@@ -48,6 +48,7 @@ __all__ = [
     "normalised",
     "one_line",
     "options_of",
+    "plugin_traceback",
     "resolve",
 ]
 
@@ -357,7 +358,7 @@ def _import(found: _Found) -> Plugin:
     except RefusedError as error:
         return found.plugin("failed", str(error))
     except BaseException as error:  # SystemExit and the like too: nothing that a plugin raises ends the process
-        return found.plugin("failed", one_line(error), traceback=_plugin_traceback(error))
+        return found.plugin("failed", one_line(error), traceback=plugin_traceback(error))
 
 
 def _first_line(error: BaseException) -> str:
@@ -373,7 +374,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
-def _plugin_traceback(error: BaseException) -> str:
+def plugin_traceback(error: BaseException) -> str:
     """The traceback without the frames of this module and of the import system above the plugin's own."""
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename.startswith(_FOREIGN_FRAMES):

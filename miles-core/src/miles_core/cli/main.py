@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import traceback
 from collections.abc import Sequence
 
 import click
@@ -110,7 +109,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return error.exit_code
     except UserError as error:
         if isinstance(error, PluginError) and error.__cause__ is not None:
-            click.echo("".join(traceback.format_exception(error.__cause__)), err=True)
+            from miles_core.plugins import plugin_traceback
+
+            click.echo(plugin_traceback(error.__cause__), err=True)
         _complain(str(error))
         return 2
     except RunError as error:
