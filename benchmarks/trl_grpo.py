@@ -1,0 +1,137 @@
+"""End-to-end GRPO: tokens per second of Miles against TRL's GRPOTrainer, on one CPU thread each.
+
+    python -m venv /tmp/trl
+    /tmp/trl/bin/pip install trl==1.16.0 torch==2.13.0 transformers==5.12.1
+    python benchmarks/trl_grpo.py --trl-python /tmp/trl/bin/python
+
+The same for both: a 3.4-million-parameter Qwen3 with its weights, 8 prompts of 64 tokens a step, 4 samples of exactly
+64 new tokens each (the end token lies outside the model's vocabulary, so nothing can stop early), one optimizer step,
+and float32. The two take turns; each turn is a process of its own, whose first steps are not counted, so that neither
+start-up nor a slow moment of the machine decides. A step lasts from the end of the one before to its own end:
+generating, scoring, training and (Miles) sending the weights to the engine. Tokens are the generated ones.
+
+Start it with `taskset -c 0` to hold both to one core, helper threads and processes included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import tomli_w
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+PROMPTS, SAMPLES, NEW_TOKENS, PROMPT_TOKENS, VOCABULARY = 8, 4, 64, 64, 1024
+UNCOUNTED = 2  # first steps of each turn: memory is allocated, caches fill
+LEARNING_RATE = 1e-6
+
+
+def make_workload(folder: Path, steps: int) -> None:
+    """Writes what both sides read: model/, prompts.jsonl, and workload.json for TRL, run.toml for Miles."""
+    end = VOCABULARY  # the tokenizer's end token, which the model cannot say
+    config = Qwen3Config(
+        hidden_size=256, num_hidden_layers=4, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=64, vocab_size=VOCABULARY, max_position_embeddings=512, tie_word_embeddings=True,
+        pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder / "model")
+    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)} | {"<end>": end}, "w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=words, eos_token="<end>", pad_token="w0"
+    )
+    tokenizer.save_pretrained(folder / "model")
+    draw = random.Random(0)
+    rows = [
+        {"prompt": " ".join(f"w{draw.randrange(1, VOCABULARY)}" for _ in range(PROMPT_TOKENS)), "answer": "w1"}
+        for _ in range(PROMPTS * steps)
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    workload = {
+        "prompts_per_step": PROMPTS,
+        "samples_per_prompt": SAMPLES,
+        "new_tokens": NEW_TOKENS,
+        "learning_rate": LEARNING_RATE,
+    }
+    (folder / "workload.json").write_text(json.dumps(workload))
+    (folder / "run.toml").write_text(tomli_w.dumps(run_file(folder, steps)))
+
+
+def run_file(folder: Path, steps: int) -> dict[str, object]:
+    """The workload as a run of Miles; everything else is left at its default."""
+    return {
+        "folder": str(folder / "runs"),
+        "schedule": {"steps": steps, "prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES},
+        "model": {"path": str(folder / "model"), "max_tokens": PROMPT_TOKENS + NEW_TOKENS},
+        "data": {"name": "jsonl", "path": str(folder / "prompts.jsonl")},
+        "sampling": {"max_new_tokens": NEW_TOKENS},
+        "reward": {"name": "exact"},
+        "engine": {"name": "torch"},
+        "trainer": {"name": "torch", "optimizer": {"learning_rate": LEARNING_RATE}},
+        "advantage": {"name": "grpo"},
+        "loss": {"name": "grpo"},
+    }
+
+
+def call(command: list[str]) -> str:
+    """Standard output of a command on one thread; its whole output as the error if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def trl_seconds(python: str, folder: Path, steps: int) -> list[float]:
+    """One turn of TRL."""
+    worker = str(Path(__file__).with_name("trl_worker.py"))
+    answer = json.loads(call([python, worker, str(folder), "--steps", str(steps)]).splitlines()[-1])
+    seconds: list[float] = answer["seconds"][UNCOUNTED:]
+    return seconds
+
+
+def miles_seconds(folder: Path, turn: int) -> list[float]:
+    """One turn of Miles."""
+    name = f"turn-{turn}"
+    call([str(Path(sys.executable).with_name("miles")), "train", str(folder / "run.toml"), f"name={name}"])
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["time/step"] for line in lines][UNCOUNTED:]
+
+
+def main() -> None:
+    """Prints each pair's tokens per second and their ratio, then the medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl-python", required=True, help="the Python of an environment with TRL")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="counted steps of each turn")
+    arguments = parser.parse_args()
+    steps = arguments.steps + UNCOUNTED
+    tokens = PROMPTS * SAMPLES * NEW_TOKENS
+    rates: list[tuple[float, float]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_workload(folder, steps)
+        print(f"{'pair':>6} {'Miles':>14} {'TRL':>14} {'ratio':>7}")
+        for turn in range(arguments.pairs):
+            miles = tokens / statistics.median(miles_seconds(folder, turn))
+            trl = tokens / statistics.median(trl_seconds(arguments.trl_python, folder, steps))
+            rates.append((miles, trl))
+            print(f"{turn + 1:6} {miles:8.0f} tok/s {trl:8.0f} tok/s {miles / trl:7.2f}", flush=True)
+    ratio = statistics.median(miles / trl for miles, trl in rates)
+    miles, trl = (statistics.median(side) for side in zip(*rates, strict=True))
+    print(f"{'median':>6} {miles:8.0f} tok/s {trl:8.0f} tok/s {ratio:7.2f}")
+
+
+if __name__ == "__main__":
+    main()
