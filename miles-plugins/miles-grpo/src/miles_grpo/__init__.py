@@ -1,15 +1,15 @@
-"""Miles plugin: group-relative policy optimisation and its family."""
+"""Miles plugin: group-relative policy optimisation and its family, and what corrects for other people's samples."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from miles_core import AdvantageSpec, LossSpec, hookimpl
+from miles_core import AdvantageSpec, CorrectionSpec, LossSpec, RolloutSpec, hookimpl
 
-_KL = {"ref_logprobs": "kl_coef"}
+_IN_REWARD = {"old_logprobs": "kl_coef", "ref_logprobs": "kl_coef"}
 
 
 @hookimpl
 def miles_advantages() -> Iterable[AdvantageSpec]:
-    """Advantages that compare the samples of one prompt."""
+    """Advantages from rewards alone, without a critic."""
     yield AdvantageSpec(
         name="grpo",
         ref="miles_grpo.advantage.grpo:grpo",
@@ -17,16 +17,127 @@ def miles_advantages() -> Iterable[AdvantageSpec]:
         groups=True,
         summary="Reward minus the group's mean, divided by the group's standard deviation",
     )
+    yield AdvantageSpec(
+        name="dr-grpo",
+        ref="miles_grpo.advantage.grpo:dr_grpo",
+        groups=True,
+        summary="Reward minus the group's mean",
+    )
+    yield AdvantageSpec(
+        name="rloo",
+        ref="miles_grpo.advantage.rloo:rloo",
+        groups=True,
+        summary="Reward minus the mean reward of the group's other samples",
+    )
+    yield AdvantageSpec(
+        name="opo",
+        ref="miles_grpo.advantage.opo:opo",
+        groups=True,
+        summary="Reward minus the group's mean weighted by length",
+    )
+    yield AdvantageSpec(
+        name="remax",
+        ref="miles_grpo.advantage.remax:remax",
+        groups=True,
+        baseline=True,
+        summary="Reward minus the reward of the greedy response",
+    )
+    yield AdvantageSpec(
+        name="reinforce++",
+        ref="miles_grpo.advantage.reinforce:reinforce_plus_plus",
+        options="miles_grpo.options:ReinforcePlusPlus",
+        needs_if=_IN_REWARD,
+        summary="Discounted return with a KL penalty, whitened over the batch",
+    )
+    yield AdvantageSpec(
+        name="reinforce++-baseline",
+        ref="miles_grpo.advantage.reinforce:reinforce_plus_plus_baseline",
+        options="miles_grpo.options:ReinforcePlusPlus",
+        needs_if=_IN_REWARD,
+        groups=True,
+        summary="reinforce++ with the group's mean taken off the reward first",
+    )
+    yield AdvantageSpec(
+        name="gdpo",
+        ref="miles_grpo.advantage.gdpo:gdpo",
+        options="miles_grpo.options:GDPO",
+        groups=True,
+        summary="Each reward normalised within its group, then summed and whitened over the batch",
+    )
 
 
 @hookimpl
 def miles_losses() -> Iterable[LossSpec]:
     """Policy losses."""
+    yield _loss("grpo", "clipped:clipped", "ClippedLoss", "Clipped surrogate with separate bounds and dual clip")
+    yield _loss("gspo", "gspo:gspo", "GSPO", "Clipped surrogate of the whole sequence's ratio")
+    yield _loss("gspo-token", "gspo:gspo_token", "GSPO", "gspo with each token's own gradient and advantage")
+    yield _loss("cispo", "cispo:cispo", "CISPO", "Clipped importance weight, gradient for every token")
+    yield _loss("sapo", "sapo:sapo", "SAPO", "A soft gate in the place of the clip")
+    yield _loss("geo-mean", "geo_mean:geo_mean", "GeoMean", "Geometric mean of the tokens' clipped ratios")
+    yield _loss("clip-cov", "covariance:clip_cov", "ClipCov", "Drops a few tokens that cost the most entropy")
+    yield _loss("kl-cov", "covariance:kl_cov", "KLCov", "Penalises a few tokens that cost the most entropy")
+    yield _loss("dppo", "dppo:dppo", "DPPO", "Trust region by total variation or KL divergence of each token")
     yield LossSpec(
-        name="grpo",
-        ref="miles_grpo.loss.clipped:clipped",
-        options="miles_grpo.options:ClippedLoss",
+        name="reinforce",
+        ref="miles_grpo.loss.reinforce:reinforce",
+        options="miles_grpo.options:Reinforce",
+        needs=frozenset({"advantages"}),
+        needs_if={"ref_logprobs": "kl_coef"},
+        entropy_if="entropy_coef",
+        summary="Plain policy gradient",
+    )
+
+
+def _loss(name: str, function: str, options: str, summary: str) -> LossSpec:
+    """A loss that compares the policy with the one before the batch's first update."""
+    return LossSpec(
+        name=name,
+        ref=f"miles_grpo.loss.{function}",
+        options=f"miles_grpo.options:{options}",
         needs=frozenset({"advantages", "old_logprobs"}),
-        needs_if=_KL,
-        summary="Clipped surrogate with separate bounds, dual clip and KL to a reference",
+        needs_if={"ref_logprobs": "kl_coef"},
+        entropy_if="entropy_coef",
+        summary=summary,
+    )
+
+
+@hookimpl
+def miles_corrections() -> Iterator[CorrectionSpec]:
+    """What a token counts that the rollout's policy wrote and the trainer's would have written with other odds."""
+    yield CorrectionSpec(
+        name="tis",
+        ref="miles_grpo.correction.tis:tis",
+        options="miles_grpo.options:TIS",
+        summary="Importance sampling, truncated, clipped or masked, by token or by sequence",
+    )
+    yield CorrectionSpec(
+        name="icepop",
+        ref="miles_grpo.correction.tis:tis",
+        options="miles_grpo.options:IcePop",
+        summary="Importance sampling; tokens outside of a band are masked",
+    )
+    yield CorrectionSpec(
+        name="mis",
+        ref="miles_grpo.correction.mis:mis",
+        options="miles_grpo.options:MIS",
+        summary="Importance sampling with rejection of tokens or sequences, and a veto",
+    )
+    yield CorrectionSpec(
+        name="opsm",
+        ref="miles_grpo.correction.opsm:opsm",
+        options="miles_grpo.options:OPSM",
+        needs=frozenset({"advantages", "old_logprobs", "rollout_logprobs"}),
+        summary="Masks bad samples that the policy has moved away from",
+    )
+
+
+@hookimpl
+def miles_rollouts() -> Iterable[RolloutSpec]:
+    """The rollout of ReMax."""
+    yield RolloutSpec(
+        name="greedy-baseline",
+        ref="miles_grpo.rollout:GreedyBaseline",
+        baseline=True,
+        summary="One completion per sample, the last one greedy and only there to be compared with",
     )

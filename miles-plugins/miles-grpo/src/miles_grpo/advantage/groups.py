@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
 from miles_core.roles import AdvantageInputs
 
 Floats = NDArray[np.float64]
+Divisor = Literal["sample", "population"]
 
 
 def totals(values: Floats, groups: NDArray[np.int64]) -> Floats:
@@ -25,6 +28,14 @@ def sizes(groups: NDArray[np.int64]) -> Floats:
 def centred(values: Floats, groups: NDArray[np.int64]) -> Floats:
     """`values` [S] minus their group's mean: 0 for a group of one."""
     return values - totals(values, groups) / sizes(groups)
+
+
+def normalised(values: Floats, groups: NDArray[np.int64], divisor: Divisor, eps: float) -> Floats:
+    """`values` [S] minus their group's mean, over its standard deviation plus `eps`."""
+    difference = centred(values, groups)
+    count = sizes(groups) - (divisor == "sample")
+    deviation = np.sqrt(totals(difference**2, groups) / np.maximum(count, 1))
+    return difference / (deviation + eps)
 
 
 def spread(per_sample: Floats, inputs: AdvantageInputs) -> Floats:

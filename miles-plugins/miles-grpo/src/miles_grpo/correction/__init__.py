@@ -1,0 +1,1 @@
+"""Corrections: pure functions of `CorrectionInputs`; T counts trained tokens."""
