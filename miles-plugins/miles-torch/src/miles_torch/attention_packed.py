@@ -1,15 +1,21 @@
 """Attention within packed samples, as an implementation of transformers' attention interface.
 
-A packed row holds trees: a trunk (prompt) and the branches (responses) that continue it. Seen from one sample, the
-keys are its trunk's and then its branch's. So each sample is gathered from the row into a padded block
-[samples, heads, longest, dim] and one causal scaled-dot-product attention runs over it: padding stands at the end,
-where no query that counts can see it, so no mask is needed. What comes out is scattered back; a trunk's outputs are
-taken from its tree's first sample. Blocks hold samples of like length, so padding at most doubles them.
+A packed row holds trees: a trunk (a prompt) and the branches (responses) that continue it. A token attends to its
+trunk and to its own branch, up to itself. The row is gathered into padded blocks [samples, heads, longest, dim], one
+scaled-dot-product attention runs over each, and what comes out is scattered back:
+
+- a sample alone in its tree: queries and keys are its tokens, plainly causal. Padding stands at the end, where no
+  query that counts can see it, so no mask is needed;
+- a trunk that several branches share: the same, once;
+- those branches: queries are the branch's tokens, keys the trunk's and then the branch's, with a mask, because each
+  query stands further along its keys than along its queries.
+
+A block holds samples whose lengths have the same power of two, so padding at most doubles it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +39,15 @@ class NotPackableError(Exception):
 
 @dataclass(frozen=True)
 class Block:
-    """Samples of like length. gather: int64 [samples * longest], places in the packed row."""
+    """Sequences of like length. queries, keys: int64 [sequences, longest], places in the packed row.
 
-    gather: Tensor
-    samples: int
-    longest: int
+    mask: added to the scores, float32 [sequences or 1, 1, longest query, longest key]; None where queries and keys are
+    the same tokens.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -48,37 +58,70 @@ class Layout:
     scatter: Tensor
 
 
+@dataclass(frozen=True)
+class _Sequence:
+    """queries, keys: places in the packed row; the queries are the last of the keys."""
+
+    queries: Index
+    keys: Index
+
+
 def layout(trees: Sequence[Tree], device: torch.device) -> Layout:
     """The layout of a packed row that holds `trees` in this order."""
-    rows = _sample_rows(trees)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    blocks: list[Block] = []
+    classes: dict[tuple[bool, int, int], list[_Sequence]] = {}
+    for sequence in _sequences(trees):
+        same = sequence.queries is sequence.keys
+        classes.setdefault((same, len(sequence.queries).bit_length(), len(sequence.keys).bit_length()), []).append(
+            sequence
+        )
+    blocks = []
     scatter = np.empty(sum(tree.tokens for tree in trees), dtype=np.int64)
     done = 0
-    while order:
-        longest = len(rows[order[0]])
-        members = [i for i in order if 2 * len(rows[i]) >= longest]
-        order = order[len(members) :]
-        gather = np.zeros((len(members), longest), dtype=np.int64)
+    for (same, _, _), members in classes.items():
+        queries = _pad([member.queries for member in members])
+        keys = queries if same else _pad([member.keys for member in members])
         for line, member in enumerate(members):
-            gather[line, : len(rows[member])] = rows[member]
-            scatter[rows[member]] = done + line * longest + np.arange(len(rows[member]))
-        blocks.append(Block(torch.from_numpy(gather.reshape(-1)).to(device), len(members), longest))
-        done += gather.size
+            scatter[member.queries] = done + line * queries.shape[1] + np.arange(len(member.queries))
+        done += queries.size
+        mask = None if same else _mask(members, queries.shape[1], keys.shape[1]).to(device)
+        blocks.append(Block(torch.from_numpy(queries).to(device), torch.from_numpy(keys).to(device), mask))
     return Layout(tuple(blocks), torch.from_numpy(scatter).to(device))
 
 
-def _sample_rows(trees: Sequence[Tree]) -> list[Index]:
-    """For each sample the places of its tokens in the packed row: its trunk's, then its branch's."""
-    rows = []
+def _sequences(trees: Sequence[Tree]) -> Iterable[_Sequence]:
+    """What attends, in the order of the head of this module."""
     place = 0
     for tree in trees:
         trunk = np.arange(place, place + tree.trunk)
         place += tree.trunk
+        shared = len(tree.branches) > 1
+        if shared:
+            yield _Sequence(trunk, trunk)
         for branch in tree.branches:
-            rows.append(np.concatenate([trunk, np.arange(place, place + branch)]))
+            own = np.arange(place, place + branch)
             place += branch
-    return rows
+            keys = np.concatenate([trunk, own])
+            if not shared:
+                yield _Sequence(keys, keys)
+            elif branch:
+                yield _Sequence(own, keys)
+
+
+def _pad(rows: Sequence[Index]) -> Index:
+    """One array, short rows filled up with place 0, which no query that counts will see."""
+    padded = np.zeros((len(rows), max(len(row) for row in rows)), dtype=np.int64)
+    for line, row in enumerate(rows):
+        padded[line, : len(row)] = row
+    return padded
+
+
+def _mask(members: Sequence[_Sequence], queries: int, keys: int) -> Tensor:
+    """Query i of a sequence sees the keys up to its own place, which is i beyond the trunk."""
+    trunks = torch.tensor([len(member.keys) - len(member.queries) for member in members])
+    if (trunks == trunks[0]).all():
+        trunks = trunks[:1]
+    hidden = torch.arange(keys) > trunks[:, None, None] + torch.arange(queries)[:, None]
+    return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
 
 
 def packed_attention(
@@ -96,15 +139,19 @@ def packed_attention(
     asked = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if asked or attention_mask is not None:
         raise NotPackableError(f"{type(module).__name__} asks for {', '.join(asked) or 'a mask'}")
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    grouped = query.shape[1] != key.shape[1]
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     outputs = []
     for block in packed_layout.blocks:
-        q, k, v = (
-            row[block.gather].view(block.samples, block.longest, row.shape[1], row.shape[2]).transpose(1, 2)
-            for row in rows
+        mask = None if block.mask is None else block.mask.to(query.dtype)
+        out = F.scaled_dot_product_attention(
+            queries[block.queries].transpose(1, 2),
+            keys[block.keys].transpose(1, 2),
+            values[block.keys].transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return flat[packed_layout.scatter].unsqueeze(0), None

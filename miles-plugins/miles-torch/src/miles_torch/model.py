@@ -158,8 +158,8 @@ class Policy(nn.Module):
         """The same from rows padded at the end; as attention is causal, the padding needs no mask."""
         outputs = []
         for block in micro.layout.blocks:
-            tokens = micro.tokens[0, block.gather].view(block.samples, block.longest)
-            positions = torch.arange(block.longest, device=tokens.device).expand_as(tokens)
+            tokens = micro.tokens[0, block.queries]
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             output = self.model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
             outputs.append(output.last_hidden_state.flatten(0, 1))
         return torch.cat(outputs)[micro.layout.scatter]
