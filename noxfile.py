@@ -36,13 +36,11 @@ def workspace(session: nox.Session) -> None:
     session.install("--no-build-isolation", *CONSTRAINTS, *editable, *TOOLS)
 
 
-def enter_workspace(session: nox.Session) -> Path:
-    """Put the workspace's commands first on the session's path; returns the environment's folder."""
-    folder = session.cache_dir.parent / "workspace"
-    session.env["VIRTUAL_ENV"] = str(folder)
-    session.env["PATH"] = os.pathsep.join((str(folder / "bin"), os.environ["PATH"]))
-    session.env["OMP_NUM_THREADS"] = "1"
-    return folder
+def run(session: nox.Session, program: str, *arguments: str | Path) -> None:
+    """Run one of the workspace's programs, on one thread, with the others on its path."""
+    programs = session.cache_dir.parent.resolve() / "workspace" / "bin"
+    path = os.pathsep.join((str(programs), os.environ["PATH"]))
+    session.run(programs / program, *arguments, env={"PATH": path, "OMP_NUM_THREADS": "1"}, external=True)
 
 
 @nox.session
@@ -56,28 +54,26 @@ def lint(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["workspace"])
 def types(session: nox.Session) -> None:
     """Mypy, strict: each distribution with its tests, then what belongs to them all."""
-    enter_workspace(session)
     # One run each: tests of different distributions may have the same module name.
     for target in (*((str(member),) for member in MEMBERS), ("noxfile.py", "tests", "docs"), ("benchmarks",)):
-        session.run("mypy", *target, external=True)
+        run(session, "mypy", *target)
 
 
 @nox.session(venv_backend="none", requires=["workspace"])
 def tests(session: nox.Session) -> None:
     """All tests; arguments go to pytest: `nox -s tests -- -k grpo`."""
-    enter_workspace(session)
-    session.run("pytest", *session.posargs, external=True)
+    run(session, "pytest", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["workspace"])
 def package(session: nox.Session) -> None:
     """Build every wheel, and use each with nothing but what it declares: `nox -s package -- miles-grpo` for one."""
-    enter_workspace(session)
     wheels = Path(session.create_tmp()) / "wheels"
     shutil.rmtree(wheels, ignore_errors=True)
     # pip makes a wheel of each distribution and brings one of everything that they depend on; uv then installs from
     # that folder alone, by hard links, so that an environment for each distribution costs seconds.
-    session.run("pip", "wheel", "-q", "--no-build-isolation", *CONSTRAINTS, "-w", wheels, *MEMBERS, external=True)
+    folders = [f"./{member}" for member in MEMBERS]
+    run(session, "pip", "wheel", "-qq", "--no-build-isolation", *CONSTRAINTS, "-w", wheels, *folders)
     names = session.posargs or [member.name for member in MEMBERS]
     for name in names:
         try_wheels(session, wheels, [name])
@@ -88,12 +84,10 @@ def package(session: nox.Session) -> None:
 def try_wheels(session: nox.Session, wheels: Path, names: list[str]) -> None:
     """Install `names` into a new environment from `wheels` and import, list and check them there."""
     environment = Path(session.create_tmp()) / ("all" if len(names) > 1 else names[0])
-    session.run("uv", "venv", "-q", "--clear", environment, external=True)
+    run(session, "uv", "venv", "-q", "--clear", environment)
     python = environment / "bin" / "python"
-    session.run(
-        "uv", "pip", "install", "-q", "--offline", "--no-index", "--find-links", wheels, "--python", python, *names,
-        external=True,
-    )  # fmt: skip
+    offline = ("-q", "--offline", "--no-index", "--find-links", wheels)
+    run(session, "uv", "pip", "install", *offline, "--python", python, *names)
     # Isolated (-I): neither the working folder nor PYTHONPATH may lend a module that the wheel lacks.
     packages = [name.replace("-", "_") for name in names]
     session.run(python, "-I", ROOT / "tests" / "import_all.py", *packages, external=True)
@@ -104,12 +98,10 @@ def try_wheels(session: nox.Session, wheels: Path, names: list[str]) -> None:
 @nox.session(venv_backend="none", requires=["workspace"])
 def docs(session: nox.Session) -> None:
     """Links lead somewhere and examples are valid."""
-    enter_workspace(session)
-    session.run("pytest", "docs", external=True)
+    run(session, "pytest", "docs")
 
 
 @nox.session(venv_backend="none", requires=["workspace"])
 def arithmetic(session: nox.Session) -> None:
     """The main job: a small model learns arithmetic. Arguments go to `miles train`: `nox -s arithmetic -- seed=1`."""
-    enter_workspace(session)
-    session.run("miles", "train", "arithmetic", *session.posargs, external=True)
+    run(session, "miles", "train", "arithmetic", *session.posargs)
