@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import pickle
+import sys
+from types import ModuleType, SimpleNamespace
 
 import torch
 
+from miles_core import CorrectionSpec, LossSpec
+from miles_core.config.schema import Component, Schedule
 from miles_core.roles import CorrectionOutputs, LossInputs, LossOutputs, Segments
-from miles_core.run.objective import Objective
+from miles_core.run.objective import Objective, train_stage
 
 
 def loss(inputs, options):
@@ -60,3 +64,30 @@ def test_a_loss_without_corrections_and_penalties_is_itself():
 def test_an_objective_crosses_processes():
     objective = Objective(loss=torch.nn.functional.relu, corrections=(("a", torch.exp, 1),))
     assert pickle.loads(pickle.dumps(objective)) == objective
+
+
+def test_a_stage_knows_what_its_loss_and_corrections_read(monkeypatch):
+    module = ModuleType("fake_losses")
+    module.loss, module.ratio = loss, ratio
+    monkeypatch.setitem(sys.modules, "fake_losses", module)
+    options = SimpleNamespace(kl_coef=0.1, entropy_coef=0.0)
+    loss_spec = LossSpec(
+        name="fake",
+        ref="fake_losses:loss",
+        summary="x",
+        needs=frozenset({"advantages"}),
+        needs_if={"ref_logprobs": "kl_coef", "values": "entropy_coef"},
+        entropy_if="entropy_coef",
+    )
+    correction = CorrectionSpec(name="ratio", ref="fake_losses:ratio", summary="x")
+    stage = SimpleNamespace(
+        name="train",
+        loss=Component(spec=loss_spec, plugin="p", options=options),
+        corrections=(Component(spec=correction, plugin="p", options=3),),
+        schedule=Schedule(steps=5, prompts_per_step=4, minibatches=2),
+        trainer=SimpleNamespace(options="trainer options"),
+    )
+    got = train_stage(stage)
+    assert got.loss == Objective(loss=loss, corrections=(("ratio", ratio, 3),))
+    assert got.needs == {"advantages", "ref_logprobs", "old_logprobs", "rollout_logprobs"}
+    assert (got.loss_options, got.entropy, got.optimizer_steps, got.options) == (options, False, 10, "trainer options")

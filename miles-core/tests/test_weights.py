@@ -149,6 +149,13 @@ def test_truncated_samples_can_be_masked_and_then_count_for_nothing():
     assert batch["mask"].sum() == 3
 
 
+@pytest.mark.parametrize("status", ["failed", "aborted"])
+def test_samples_that_could_not_be_scored_are_not_trained(status):
+    samples = [make(0, 0, [True, True]), replace(make(0, 1, [True] * 3), status=status)]
+    batch = aggregate(Batch.pack(samples), section("sequence"), 1)
+    np.testing.assert_array_equal(batch["weights"], [0, 0, 0.5, 0.5, 0, 0, 0, 0, 0])
+
+
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_a_log_probability_that_is_not_finite_names_its_token(value):
     broken = make(4, 2, [False, True])

@@ -292,8 +292,9 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStage:
-    """What a trainer does until told otherwise. loss: a `miles_core.run.objective.Objective`; loss_options: its loss's.
-    needs: token columns that it reads. optimizer_steps: for schedules.
+    """What a trainer does until told otherwise, made by `miles_core.run.objective.train_stage`.
+
+    loss: an `Objective`; loss_options: its loss's; needs: token columns it reads. optimizer_steps: for schedules.
 
     entropy: whether the loss reads it. options: the trainer's options with this stage's overrides.
     """

@@ -13,7 +13,9 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from miles_core.config.schema import Stage
-from miles_core.roles import Correction, CorrectionInputs, Loss, LossInputs, LossOutputs
+from miles_core.config.traits import needed_columns
+from miles_core.roles import Correction, CorrectionInputs, Loss, LossInputs, LossOutputs, TrainStage
+from miles_core.specs import LossSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,14 +45,19 @@ class Objective:
         return LossOutputs(losses=losses, metrics=metrics)
 
 
-def stage_objective(stage: Stage) -> Objective:
-    """The objective of a stage. Imports the loss and its corrections, which need torch."""
-    return Objective(
-        loss=resolve_name(stage.loss.spec.ref),
-        corrections=tuple(
-            (component.spec.name, resolve_name(component.spec.ref), component.options)
-            for component in stage.corrections
-        ),
+def train_stage(stage: Stage) -> TrainStage:
+    """What a trainer does in a stage. Imports the loss and its corrections, so it is for the trainer's processes."""
+    spec, options = stage.loss.spec, stage.loss.options
+    assert isinstance(spec, LossSpec)
+    corrections = tuple((one.spec.name, resolve_name(one.spec.ref), one.options) for one in stage.corrections)
+    return TrainStage(
+        name=stage.name,
+        loss=Objective(loss=resolve_name(spec.ref), corrections=corrections),
+        loss_options=options,
+        entropy=spec.entropy_if is not None and bool(getattr(options, spec.entropy_if)),
+        needs=frozenset().union(*(needed_columns(one) for one in (stage.loss, *stage.corrections))),
+        optimizer_steps=stage.schedule.optimizer_steps,
+        options=stage.trainer.options,
     )
 
 

@@ -18,8 +18,8 @@ For one mini-batch, with n_s the trained tokens of sample s, S the samples and G
                                             "seq-mean-token-sum-norm".
 
 Samples without a trained token weigh nothing and are not counted in S and G, as in verl; TRL counts them in "grpo" and
-"dr_grpo". (Failed, aborted or overlong samples that must not train come with a mask that is all false.) A mini-batch
-without any trained token has only zero weights: a step with a zero gradient.
+"dr_grpo". Failed and aborted samples are never trained. A mini-batch without any trained token has only zero weights: a
+step with a zero gradient.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ Ints = NDArray[np.int64]
 def aggregate(batch: Batch, loss: LossSection, minibatches: int) -> Batch:
     """The batch with the sample column `minibatch` and the token column `weights` (float64, 0 where masked).
 
-    Depends on the samples themselves alone, not on their order in the batch. With `loss.mask_truncated`, truncated
-    samples lose their mask here, after the advantages are computed. Runs in the collector. Raises ValueError if there
-    are fewer samples than mini-batches, and RunError for a log-probability of a trained token that is not finite.
+    Depends on the samples themselves alone, not on their order in the batch. Samples that could not be scored, and
+    with `loss.mask_truncated` truncated ones, lose their mask here, after the advantages are computed. Runs in the
+    collector. Raises ValueError if there are fewer samples than mini-batches, and RunError for a log-probability of a
+    trained token that is not finite.
     """
+    batch = batch.with_columns(mask=batch["mask"] & _trained(batch, loss)[batch.segment_ids])
     check_logprobs(batch)
-    if loss.mask_truncated:
-        batch = batch.with_columns(mask=batch["mask"] & ~batch.samples["truncated"][batch.segment_ids])
     minibatch = split(batch.samples["group"], batch.samples["index"], minibatches)
     segments, mask = batch.segment_ids, batch["mask"]
     tokens = np.bincount(segments[mask], minlength=len(batch)).astype(np.float64)
@@ -57,6 +57,12 @@ def aggregate(batch: Batch, loss: LossSection, minibatches: int) -> Batch:
     per_sample = np.divide(1.0, denominator, where=counts.live, out=np.zeros(len(batch)))
     weights = np.where(mask, per_sample[segments], 0.0)
     return batch.with_samples(minibatch=minibatch).with_columns(weights=weights)
+
+
+def _trained(batch: Batch, loss: LossSection) -> NDArray[np.bool_]:
+    """Which samples are trained at all, [S]."""
+    trained: NDArray[np.bool_] = batch.samples.get("scored", np.ones(len(batch), np.bool_))
+    return trained & ~batch.samples["truncated"] if loss.mask_truncated else trained
 
 
 def split(groups: NDArray[Any], indices: NDArray[Any], count: int) -> NDArray[np.int32]:
