@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from miles_core.config.build import build, convert, plain
 from miles_core.config.schema import Component
@@ -13,6 +13,8 @@ from miles_core.config.source import Key, Node, dotted
 from miles_core.errors import UserError, nearest
 from miles_core.plugins import Catalog, options_of
 from miles_core.specs import Spec
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +40,9 @@ def build_component(kind: type[Spec], table: Node, at: Key, catalog: Catalog, se
     """
     table = as_table(table)
     if not isinstance(table.value, dict) or "name" not in table.value:
-        known = ", ".join(entry.spec.name for entry in catalog.all(kind))
-        raise UserError(f"{table.origin}: {dotted(at)} must be a table with the name of a {kind.kind}. Known: {known}.")
+        raise UserError(
+            f"{table.origin}: {dotted(at)} must be a table with the name of a {kind.kind}; {_known(kind, catalog)}"
+        )
     name = convert(str, table.value["name"], (*at, "name"))
     try:
         entry = catalog.get(kind, name)
@@ -51,15 +54,26 @@ def build_component(kind: type[Spec], table: Node, at: Key, catalog: Catalog, se
     return Built(component=component, section=built, node=completed(_values(built, component), table))
 
 
+def _known(kind: type[Spec], catalog: Catalog) -> str:
+    names = ", ".join(entry.spec.name for entry in catalog.all(kind))
+    return f"known: {names}" if names else "no installed plugin offers one"
+
+
 def as_table(node: Node) -> Node:
     """`"name"` is short for `{name = "name"}`."""
     return Node({"name": node}, node.origin) if isinstance(node.value, str) else node
 
 
+@dataclass(frozen=True, kw_only=True)
+class _NoOptions:
+    """Refuses every key."""
+
+
 def build_options(spec: Spec, table: Node, at: Key) -> Any:
     """An instance of the record's options, None if it has none. Raises `UserError`."""
     options = options_of(spec)
-    return None if options is None else build(options, table, at)
+    built: Any = build(options or _NoOptions, table, at)
+    return None if options is None else built
 
 
 def _split(spec: Spec, table: Node, at: Key, section: type[Any]) -> tuple[Node, Node]:
@@ -92,3 +106,51 @@ def completed(values: Any, given: Node | None) -> Node:
         items = given.value if given is not None and isinstance(given.value, list) else [None] * len(values)
         return Node([completed(value, item) for value, item in zip(values, items, strict=True)], origin)
     return Node(values, origin)
+
+
+class SectionReader:
+    """Builds the sections of one table, the run or a stage, and gathers in `tree` what they resolve to.
+
+    at: where the table stands in the run file. All methods raise `UserError`.
+    """
+
+    def __init__(self, table: Node, at: Key, catalog: Catalog) -> None:
+        self.table = table
+        self.at = at
+        self.catalog = catalog
+        self.tree: dict[str, Node] = {}
+
+    def section(self, key: str, cls: type[T]) -> T:
+        """A section that core owns."""
+        given = self.table.value.get(key)
+        section = build(cls, given or Node({}, self.table.origin), (*self.at, key))
+        self.tree[key] = completed(plain(section), given)
+        return section
+
+    def component(self, key: str, kind: type[Spec], section: type[Any] = Named) -> Built:
+        """A component that there must be."""
+        built = self.optional(key, kind, section)
+        if built is None:
+            raise UserError(
+                f"{self.table.origin}: there is no {dotted((*self.at, key))}; add [{key}] with the name of a "
+                f"{kind.kind}; {_known(kind, self.catalog)}"
+            )
+        return built
+
+    def optional(self, key: str, kind: type[Spec], section: type[Any] = Named) -> Built | None:
+        """A component, None if the table has no such section."""
+        given = self.table.value.get(key)
+        if given is None:
+            return None
+        built = build_component(kind, given, (*self.at, key), self.catalog, section)
+        self.tree[key] = built.node
+        return built
+
+    def components(self, key: str, kind: type[Spec], section: type[Any] = Named) -> list[Built]:
+        """A list of components; a single table is short for a list of one."""
+        given = self.table.value.get(key, Node([], "default"))
+        items = given.value if isinstance(given.value, list) else [given]
+        at = (*self.at, key)
+        built = [build_component(kind, item, (*at, index), self.catalog, section) for index, item in enumerate(items)]
+        self.tree[key] = Node([one.node for one in built], given.origin)
+        return built

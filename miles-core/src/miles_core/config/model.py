@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,9 +13,9 @@ from miles_core.config.schema import ModelSection
 from miles_core.errors import UserError
 from miles_core.plugins import Catalog, Entry, resolve
 from miles_core.roles import ModelFamily
+from miles_core.run.model import prepare_model
+from miles_core.run.tokenizers import check_tokenizer
 from miles_core.specs import ModelSpec
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def load_family(entry: Entry[ModelSpec]) -> ModelFamily:
@@ -54,28 +55,34 @@ def architectures(config: Mapping[str, Any] | None) -> set[str]:
 
 
 def _fresh_config(model: ModelSection, name: str, origins: Mapping[str, str], catalog: Catalog) -> dict[str, Any]:
+    """The config.json that the run would write, so made in the same way."""
     try:
         entry = catalog.get(ModelSpec, name)
     except UserError as error:
         raise UserError(f"{origins['model.family']}: {error}") from None
-    try:
-        return load_family(entry).fresh(model.config)
-    except ValueError as error:
-        words = re.findall(r"\w+", str(error))
-        named = [f"model.config.{word}" for word in words if word in model.config]
-        where = origins.get(named[0] if named else "model.family", origins["model.family"])
-        raise UserError(f"{where}: model.config: {error}") from None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            prepare_model(model, load_family(entry), Path(folder))
+        except UserError as error:
+            raise UserError(f"{_blame(str(error), origins)}: {error}") from None
+        return _read_json(Path(folder, "config.json"), origins["model.family"])
+
+
+def _blame(message: str, origins: Mapping[str, str]) -> str:
+    """The origin of the first given value of [model] that a message names, or else of the family."""
+    words = re.findall(r"\w+", message)
+    names = [f"{table}.{word}" for table in ("model.config", "model") for word in words]
+    return next((origins[name] for name in names if origins.get(name, "default") != "default"), origins["model.family"])
 
 
 def _folder_config(folder: Path, where: str) -> dict[str, Any]:
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"{where}: model folder {folder} has no config.json, so it is no Hugging Face model")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(
-            f"{where}: model folder {folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); save the "
-            "model's tokenizer into it with tokenizer.save_pretrained"
-        )
+    try:
+        check_tokenizer(folder)
+    except UserError as error:
+        raise UserError(f"{where}: model folder {error}") from None
     return _read_json(config, where)
 
 

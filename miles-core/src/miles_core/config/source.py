@@ -259,18 +259,25 @@ def merge(base: Node, over: Node, path: Key = ()) -> Node:
     """`over` laid over `base`: tables key by key, everything else as a whole.
 
     A table with another `name` is another component and starts afresh; so does a model of another path or family.
-    A table over a list changes the items that its keys name or number.
+    A table over a list changes the items that its keys name or number; one reward is its own item 0.
     """
     if not isinstance(over.value, dict):
         return over
     if isinstance(base.value, list) and "name" not in over.value:
         return _merge_items(base, over, path)
+    if path[-1:] == ("reward",) and _addresses_single(base, over):
+        return _merge_items(Node([base], base.origin), over, path)
     if not isinstance(base.value, dict) or _renames(base, over, path):
         return over
     kept = {key: node for key, node in base.value.items() if key not in _superseded(base, over, path)}
     for key, node in over.value.items():
         kept[key] = merge(kept[key], node, (*path, key)) if key in kept else node
     return Node(kept, base.origin)
+
+
+def _addresses_single(base: Node, over: Node) -> bool:
+    name = item_name(base)
+    return name is not None and bool(over.value) and set(over.value) <= {"0", name}
 
 
 def _renames(base: Node, over: Node, path: Key) -> bool:

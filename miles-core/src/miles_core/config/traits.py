@@ -6,7 +6,7 @@ Every refusal names both sides and says what would mend it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from miles_core.config.model import architectures
@@ -15,6 +15,7 @@ from miles_core.errors import UserError
 from miles_core.plugins import Catalog, Entry
 from miles_core.specs import (
     AdvantageSpec,
+    CorrectionSpec,
     DataSourceSpec,
     EngineSpec,
     LossSpec,
@@ -27,26 +28,36 @@ from miles_core.specs import (
 ALWAYS = frozenset({"tokens", "mask", "rollout_logprobs", "versions", "weights"})
 """Token columns that every batch has."""
 
+_MODEL = ("model.max_tokens", "model.path", "model.family")
+
 
 def needed_columns(component: Component) -> frozenset[str]:
-    """The token columns that a loss or an advantage reads with the options it has."""
+    """The token columns that a loss, a correction or an advantage reads with the options it has."""
     spec = component.spec
-    assert isinstance(spec, (LossSpec, AdvantageSpec))
+    assert isinstance(spec, (LossSpec, CorrectionSpec, AdvantageSpec))
     asked = {column for column, option in spec.needs_if.items() if bool(operator.attrgetter(option)(component.options))}
     return spec.needs | asked
 
 
-def reads_advantage(loss: Component, trainer: Component) -> bool:
-    """Whether a loss needs more than a batch has without an advantage."""
-    return not needed_columns(loss) <= ALWAYS | _trainer_spec(trainer).gives
+def stage_columns(stage: Stage) -> frozenset[str]:
+    """The token columns that anything in a stage reads."""
+    readers = [stage.loss, *stage.corrections, *([stage.advantage] if stage.advantage is not None else [])]
+    return frozenset().union(*map(needed_columns, readers))
+
+
+def reads_advantage(readers: Iterable[Component], trainer: Component) -> bool:
+    """Whether a loss and its corrections need more than a batch has without an advantage."""
+    return not frozenset().union(*map(needed_columns, readers)) <= ALWAYS | _trainer_spec(trainer).gives
 
 
 def check(plan: Plan, config: Mapping[str, Any] | None, family: Entry[ModelSpec] | None, catalog: Catalog) -> None:
     """Refuses a run whose parts do not fit. Raises `UserError`."""
     _check_model(plan, config, family, catalog)
     for stage in plan.stages:
+        _check_engine(plan, stage)
         _check_columns(plan, stage)
         _check_groups(plan, stage)
+        _check_baseline(plan, stage)
         _check_rewards(plan, stage)
         _check_lengths(plan, stage)
     _check_evaluation(plan)
@@ -54,9 +65,13 @@ def check(plan: Plan, config: Mapping[str, Any] | None, family: Entry[ModelSpec]
     _check_publish(plan)
 
 
-def _where(plan: Plan, stage: Stage, name: str) -> str:
-    """The origin of a stage's value."""
-    return plan.origins.get(f"stages.{stage.name}.{name}", plan.origins.get(name, "default"))
+def _where(plan: Plan, stage: Stage | None, *names: str) -> str:
+    """The origin of the first of these values that somebody wrote, the stage's own before the run's."""
+    origins = [
+        plan.origins.get(f"stages.{stage.name}.{name}" if stage and "stages" in plan.values else name, "default")
+        for name in names
+    ]
+    return next((origin for origin in origins if origin != "default"), "default")
 
 
 def _trainer_spec(trainer: Component) -> TrainerSpec:
@@ -80,14 +95,16 @@ def _check_columns(plan: Plan, stage: Stage) -> None:
         _check_needs(plan, stage, "advantage", stage.advantage, given, givers)
         given |= stage.advantage.spec.gives
         givers = f"advantage {stage.advantage.spec.name!r} gives {_listed(stage.advantage.spec.gives)}, {givers}"
-    elif reads_advantage(stage.loss, stage.trainer):
-        givers = f"there is no [advantage], {givers}"
+    else:
+        givers = f"there is no advantage, {givers}"
     _check_needs(plan, stage, "loss", stage.loss, given, givers)
+    for index, correction in enumerate(stage.corrections):
+        _check_needs(plan, stage, f"corrections.{index}", correction, given, givers)
 
 
 def _check_needs(plan: Plan, stage: Stage, key: str, component: Component, given: frozenset[str], givers: str) -> None:
     spec = component.spec
-    assert isinstance(spec, (LossSpec, AdvantageSpec))
+    assert isinstance(spec, (LossSpec, CorrectionSpec, AdvantageSpec))
     missing = needed_columns(component) - given
     if not missing:
         return
@@ -108,10 +125,36 @@ def _check_groups(plan: Plan, stage: Stage) -> None:
         return
     assert isinstance(stage.advantage.spec, AdvantageSpec)
     if stage.advantage.spec.groups and stage.schedule.samples_per_prompt < 2:
+        where = _where(plan, stage, "schedule.samples_per_prompt", "advantage.name")
         raise UserError(
-            f"{_where(plan, stage, 'schedule.samples_per_prompt')}: advantage {stage.advantage.spec.name!r}"
+            f"{where}: advantage {stage.advantage.spec.name!r}"
             f"{_in(plan, stage)} compares the samples of one prompt, but schedule.samples_per_prompt is "
             f"{stage.schedule.samples_per_prompt}; set it to 2 or more"
+        )
+
+
+def _check_baseline(plan: Plan, stage: Stage) -> None:
+    """Samples that are only there to be compared with need both: who makes them and who reads them."""
+    if stage.advantage is None:
+        return
+    assert isinstance(stage.advantage.spec, AdvantageSpec)
+    assert isinstance(stage.rollout.spec, RolloutSpec)
+    if stage.advantage.spec.baseline == stage.rollout.spec.baseline:
+        return
+    advantage, rollout = f"advantage {stage.advantage.spec.name!r}", f"rollout {stage.rollout.spec.name!r}"
+    if stage.advantage.spec.baseline:
+        problem = f"{advantage}{_in(plan, stage)} compares with a baseline sample, but {rollout} makes none"
+    else:
+        problem = f"{rollout}{_in(plan, stage)} makes a baseline sample, but {advantage} does not compare with it"
+    raise UserError(f"{_where(plan, stage, 'advantage.name')}: {problem}; choose two that fit")
+
+
+def _check_engine(plan: Plan, stage: Stage) -> None:
+    assert isinstance(stage.rollout.spec, RolloutSpec)
+    if stage.rollout.spec.engine and plan.engine is None:
+        raise UserError(
+            f"{_where(plan, stage, 'rollout.name', 'data.name')}: rollout {stage.rollout.spec.name!r}"
+            f"{_in(plan, stage)} generates, but there is no engine; add [engine] with a name"
         )
 
 
@@ -122,8 +165,8 @@ def _check_rewards(plan: Plan, stage: Stage) -> None:
         return
     if not stage.rewards:
         raise UserError(
-            f"{_where(plan, stage, 'rollout.name')}: rollout {stage.rollout.spec.name!r}{_in(plan, stage)} makes "
-            "samples that must be scored, but there is no reward; add [reward] with a name"
+            f"{_where(plan, stage, 'reward', 'rollout.name', 'data.name')}: rollout {stage.rollout.spec.name!r}"
+            f"{_in(plan, stage)} makes samples that must be scored, but there is no reward; add [reward] with a name"
         )
     for index, (reward, _) in enumerate(stage.rewards):
         assert isinstance(reward.spec, RewardSpec)
@@ -140,8 +183,10 @@ def _check_rewards(plan: Plan, stage: Stage) -> None:
 
 def _check_lengths(plan: Plan, stage: Stage) -> None:
     if stage.sampling.max_new_tokens >= plan.model.max_tokens:
+        wrote = _where(plan, stage, "sampling.max_new_tokens")
+        where = wrote if wrote != "default" else _where(plan, None, *_MODEL)
         raise UserError(
-            f"{_where(plan, stage, 'sampling.max_new_tokens')}: sampling.max_new_tokens{_in(plan, stage)} is "
+            f"{where}: sampling.max_new_tokens{_in(plan, stage)} is "
             f"{stage.sampling.max_new_tokens}, which leaves no room for a prompt within model.max_tokens = "
             f"{plan.model.max_tokens}; lower the one or raise the other"
         )
@@ -163,7 +208,7 @@ def _check_model(
     longest = config.get("max_position_embeddings")
     if isinstance(longest, int) and plan.model.max_tokens > longest:
         raise UserError(
-            f"{plan.origins['model.max_tokens']}: model.max_tokens is {plan.model.max_tokens}, but the model's "
+            f"{_where(plan, None, *_MODEL)}: model.max_tokens is {plan.model.max_tokens}, but the model's "
             f"max_position_embeddings is {longest}; set model.max_tokens to {longest} or less"
         )
 
@@ -189,8 +234,9 @@ def _check_devices(plan: Plan) -> None:
         device = "cuda" if gpus else "cpu"
         if device not in spec.devices:
             mend = f"set {key}.gpus = 0" if gpus else f"set {key}.gpus to 1 or more"
+            where = _where(plan, None, f"{key}.gpus", f"{key}.name")
             raise UserError(
-                f"{plan.origins[f'{key}.gpus']}: {key} {spec.name!r} runs on {_listed(spec.devices)}, but {key}.gpus "
+                f"{where}: {key} {spec.name!r} runs on {_listed(spec.devices)}, but {key}.gpus "
                 f"is {gpus}; {mend}, or choose another {key}"
             )
 
@@ -201,6 +247,6 @@ def _check_publish(plan: Plan) -> None:
     assert isinstance(plan.engine.spec, EngineSpec)
     if plan.publish.mode not in plan.engine.spec.pause_modes:
         raise UserError(
-            f"{plan.origins['publish.mode']}: publish.mode is {plan.publish.mode!r}, but engine "
+            f"{_where(plan, None, 'publish.mode', 'engine.name')}: publish.mode is {plan.publish.mode!r}, but engine "
             f"{plan.engine.spec.name!r} can only pause by {_listed(plan.engine.spec.pause_modes)}; choose one of these"
         )

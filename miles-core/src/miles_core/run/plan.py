@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from miles_core.config import schema, traits
 from miles_core.config.build import build, plain
-from miles_core.config.components import Built, as_table, build_component, build_options, completed
+from miles_core.config.components import SectionReader, as_table, build_options, completed
 from miles_core.config.layers import RunSource, check_effect, read_run, read_run_file
 from miles_core.config.model import find_family, read_config
 from miles_core.config.source import Key, Node, dotted, item_name, merge, toml_text
@@ -27,19 +27,21 @@ from miles_core.sample import Sampling
 from miles_core.specs import (
     AdvantageSpec,
     CallbackSpec,
+    CorrectionSpec,
     DataSourceSpec,
     EngineSpec,
     FilterSpec,
     LossSpec,
     RewardSpec,
     RolloutSpec,
-    Spec,
     TrackerSpec,
     TrainerSpec,
     WeightSyncSpec,
 )
 
-STAGE_KEYS = ("schedule", "sampling", "data", "rollout", "reward", "filters", "advantage", "loss", "trainer")
+STAGE_KEYS = (
+    "schedule", "sampling", "data", "rollout", "reward", "filters", "advantage", "loss", "corrections", "trainer",
+)  # fmt: skip
 """What a stage may set for itself, over what is set for all stages."""
 
 RUN_KEYS = (
@@ -53,7 +55,7 @@ DEFAULT_STAGE = "train"
 RUN_FILE = "run.toml"
 MANIFEST = "manifest.json"
 
-T = TypeVar("T")
+_TRAINER_KEYS = frozenset(field.name for field in dataclasses.fields(schema.TrainerSection))
 
 
 def make_plan(target: str, overrides: Sequence[str], catalog: Catalog) -> schema.Plan:
@@ -84,32 +86,30 @@ class _Run:
 
 
 class _Planner:
-    """Builds one plan. `tree` gathers the resolved run file with its origins, in the order it is to be read."""
+    """Builds one plan."""
 
     def __init__(self, source: RunSource, catalog: Catalog) -> None:
         self.source = source
         self.doc = source.doc
         self.catalog = catalog
-        self.tree: dict[str, Node] = {}
 
     def plan(self) -> schema.Plan:
         _check_keys(self.doc, (), (*RUN_KEYS, *STAGE_KEYS))
-        run = self._run()
-        model = self._section("model", schema.ModelSection)
-        trainer = self._trainer()
-        engine = self._engine()
-        evaluation = self._section("evaluation", schema.EvaluationSection)
-        checkpoint = self._section("checkpoint", schema.CheckpointSection)
-        publish = self._section("publish", schema.PublishSection)
-        cluster = self._section("cluster", schema.ClusterSection)
-        plugins = self._section("plugins", schema.PluginsSection)
-        callbacks = self._list("callbacks", CallbackSpec)
-        trackers = self._list("trackers", TrackerSpec)
-        stages = self._stages(trainer)
-        if engine is None:
-            _check_no_engine_needed(stages, self.doc.origin)
-        check_effect(self.source, self._effective(), [stage.name for stage in stages if "stages" in self.tree])
-        tree = Node(self.tree, self.doc.origin)
+        read = SectionReader(self.doc, (), self.catalog)
+        run = self._run(read)
+        model = read.section("model", schema.ModelSection)
+        engine = read.optional("engine", EngineSpec, schema.EngineSection)
+        trainer = read.component("trainer", TrainerSpec, schema.TrainerSection)
+        evaluation = read.section("evaluation", schema.EvaluationSection)
+        checkpoint = read.section("checkpoint", schema.CheckpointSection)
+        publish = read.section("publish", schema.PublishSection)
+        cluster = read.section("cluster", schema.ClusterSection)
+        read.section("plugins", schema.PluginsSection)
+        callbacks = read.components("callbacks", CallbackSpec)
+        trackers = read.components("trackers", TrackerSpec)
+        stages = self._stages(read, trainer.component)
+        tree = Node(read.tree, self.doc.origin)
+        check_effect(self.source, _effective(tree), [stage.name for stage in stages if "stages" in read.tree])
         plan = schema.Plan(
             name=run.name,
             folder=run.parent / run.name,
@@ -125,105 +125,51 @@ class _Planner:
             publish=publish,
             cluster=cluster,
             stages=stages,
-            callbacks=callbacks,
-            trackers=trackers,
+            callbacks=tuple(one.component for one in callbacks),
+            trackers=tuple(one.component for one in trackers),
             plugin_set=(),
             values=tree.plain(),
-            origins=_origins(tree),
+            origins={dotted(path): node.origin for path, node in named_leaves(tree)},
         )
-        return self._finish(plan, plugins)
+        return self._finish(plan)
 
-    def _finish(self, plan: schema.Plan, plugins: schema.PluginsSection) -> schema.Plan:
+    def _finish(self, plan: schema.Plan) -> schema.Plan:
         """What depends on the components together: their checks, the weight sync, the plugins they come from."""
         config = read_config(plan.model, plan.origins, self.catalog)
         family = find_family(plan.model, config, self.catalog)
         traits.check(plan, config, family, self.catalog)
-        sync = _find_sync(plan, self.catalog)
-        plan = dataclasses.replace(plan, sync=sync)
+        plan = dataclasses.replace(plan, sync=_find_sync(plan, self.catalog))
         used = {component.plugin for component in _components(plan)} | ({family.plugin.name} if family else set())
-        for name in sorted(used & {normalised(name) for name in plugins.disable}):
+        for name in sorted(used & {normalised(name) for name in plan.values["plugins"]["disable"]}):
             raise UserError(f"{plan.origins['plugins.disable']}: plugin {name} is disabled, but this run uses it")
         return dataclasses.replace(plan, plugin_set=self.catalog.plugin_set([CORE, *sorted(used)]))
 
-    # ---- Sections
-
-    def _run(self) -> _Run:
+    def _run(self, read: SectionReader) -> _Run:
         given = {key: self.doc.value[key] for key in ("name", "folder", "seed") if key in self.doc.value}
         if "name" not in given:
             given["name"] = Node(re.sub(r"[^\w.+-]+", "-", self.source.name).lstrip("-.+") or "run", "default")
         run = build(_Run, Node(given, self.doc.origin), ())
-        if given["name"].origin == "default":
+        if "name" not in self.doc.value:
             run = dataclasses.replace(run, name=_free_name(run.parent, run.name))
-        self.tree |= completed(plain(run), Node(given, self.doc.origin)).value
+        read.tree |= completed(plain(run), Node(given, self.doc.origin)).value
         return run
 
-    def _section(self, key: str, cls: type[T]) -> T:
-        given = self.doc.value.get(key)
-        section = build(cls, given or Node({}, self.doc.origin), (key,))
-        self.tree[key] = completed(plain(section), given)
-        return section
-
-    def _engine(self) -> Built | None:
-        if "engine" not in self.doc.value:
-            return None
-        built = build_component(EngineSpec, self.doc.value["engine"], ("engine",), self.catalog, schema.EngineSection)
-        self.tree["engine"] = built.node
-        return built
-
-    def _trainer(self) -> Built:
-        table = self._required(self.doc, (), "trainer", TrainerSpec)
-        built = build_component(TrainerSpec, table, ("trainer",), self.catalog, schema.TrainerSection)
-        self.tree["trainer"] = built.node
-        return built
-
-    def _required(self, table: Node, at: Key, key: str, kind: type[Spec]) -> Node:
-        if key in table.value:
-            return table.value[key]  # type: ignore[no-any-return]
-        known = ", ".join(entry.spec.name for entry in self.catalog.all(kind)) or "none is installed"
-        raise UserError(
-            f"{table.origin}: there is no {dotted((*at, key))}; add [{key}] with the name of a {kind.kind}. "
-            f"Known: {known}."
-        )
-
-    def _list(self, key: str, kind: type[Spec]) -> tuple[schema.Component, ...]:
-        built = self._build_list(self.doc.value.get(key), (key,), kind)
-        self.tree[key] = Node([one.node for one in built], self._list_origin(self.doc, key))
-        return tuple(one.component for one in built)
-
-    def _list_origin(self, table: Node, key: str) -> str:
-        return table.value[key].origin if key in table.value else "default"
-
-    def _build_list(
-        self, node: Node | None, at: Key, kind: type[Spec], section: type[Any] | None = None
-    ) -> list[Built]:
-        if node is None:
-            return []
-        if not isinstance(node.value, list):
-            raise UserError(f'{node.origin}: {dotted(at)} must be a list, as in {dotted(at)} = ["name"]')
-        extra = {} if section is None else {"section": section}
-        return [
-            build_component(kind, item, (*at, index), self.catalog, **extra) for index, item in enumerate(node.value)
-        ]
-
-    # ---- Stages
-
-    def _stages(self, trainer: Built) -> tuple[schema.Stage, ...]:
+    def _stages(self, read: SectionReader, trainer: schema.Component) -> tuple[schema.Stage, ...]:
         shared = self._shared()
         given = self.doc.value.get("stages")
         if given is None:
             stage, tree = self._stage(DEFAULT_STAGE, shared, (), 0, trainer)
-            self.tree |= {**tree, "trainer": self.tree["trainer"]}
+            read.tree |= {**tree, "trainer": read.tree["trainer"]}
             return (stage,)
         stages: list[schema.Stage] = []
         trees: list[Node] = []
-        for table in _stage_tables(given):
-            name = str(item_name(table))
+        for name, table in _stage_tables(given).items():
             own = Node({key: node for key, node in table.value.items() if key != "name"}, table.origin)
             first = stages[-1].last_step if stages else 0
             stage, tree = self._stage(name, merge(shared, own), ("stages", name), first, trainer)
             stages.append(stage)
             trees.append(Node({"name": table.value["name"], **tree}, table.origin))
-        self.tree["stages"] = Node(trees, given.origin)
+        read.tree["stages"] = Node(trees, given.origin)
         return tuple(stages)
 
     def _shared(self) -> Node:
@@ -232,41 +178,31 @@ class _Planner:
         rollout = shared.get("rollout", Node({}, "default"))
         if isinstance(rollout.value, dict):
             shared["rollout"] = Node({"name": Node(DEFAULT_ROLLOUT, "default"), **rollout.value}, rollout.origin)
-        own = {field.name for field in dataclasses.fields(schema.TrainerSection)}
-        options = {key: node for key, node in shared["trainer"].value.items() if key not in own}
+        options = {key: node for key, node in shared["trainer"].value.items() if key not in _TRAINER_KEYS}
         shared["trainer"] = Node(options, shared["trainer"].origin)
         return Node(shared, self.doc.origin)
 
     def _stage(
-        self, name: str, table: Node, at: Key, first_step: int, trainer: Built
+        self, name: str, table: Node, at: Key, first_step: int, trainer: schema.Component
     ) -> tuple[schema.Stage, dict[str, Node]]:
-        def component(key: str, kind: type[Spec], **section: Any) -> Built:
-            return build_component(kind, self._required(table, at, key, kind), (*at, key), self.catalog, **section)
-
-        schedule, schedule_tree = _stage_section(table, at, "schedule", schema.Schedule)
-        sampling, sampling_tree = _stage_section(table, at, "sampling", Sampling)
-        data = component("data", DataSourceSpec)
-        rollout = component("rollout", RolloutSpec)
-        loss = component("loss", LossSpec, section=schema.LossSection)
-        rewards = self._build_list(
-            _listed(table.value.get("reward")), (*at, "reward"), RewardSpec, schema.RewardSection
+        """A stage, and its part of the resolved run file."""
+        read = SectionReader(table, at, self.catalog)
+        schedule = read.section("schedule", schema.Schedule)
+        sampling = read.section("sampling", Sampling)
+        data = read.component("data", DataSourceSpec)
+        rollout = read.component("rollout", RolloutSpec)
+        rewards = read.components("reward", RewardSpec, schema.RewardSection)
+        filters = read.components("filters", FilterSpec)
+        advantage = read.optional("advantage", AdvantageSpec)
+        loss = read.component("loss", LossSpec, schema.LossSection)
+        corrections = [one.component for one in read.components("corrections", CorrectionSpec)]
+        trainer = dataclasses.replace(
+            trainer, options=build_options(trainer.spec, table.value["trainer"], (*at, "trainer"))
         )
-        filters = self._build_list(table.value.get("filters"), (*at, "filters"), FilterSpec)
-        stage_trainer = _stage_trainer(trainer, table.value["trainer"], (*at, "trainer"))
-        advantage = component("advantage", AdvantageSpec) if "advantage" in table.value else None
-        if not traits.reads_advantage(loss.component, stage_trainer):
+        read.tree["trainer"] = completed(plain(trainer.options) or {}, table.value["trainer"])
+        if advantage is not None and not traits.reads_advantage([loss.component, *corrections], trainer):
             advantage = None
-        tree = {
-            "schedule": schedule_tree,
-            "sampling": sampling_tree,
-            "data": data.node,
-            "rollout": rollout.node,
-            "reward": Node([one.node for one in rewards], self._list_origin(table, "reward")),
-            "filters": Node([one.node for one in filters], self._list_origin(table, "filters")),
-            **({"advantage": advantage.node} if advantage else {}),
-            "loss": loss.node,
-            "trainer": completed(plain(stage_trainer.options) or {}, table.value["trainer"]),
-        }
+            del read.tree["advantage"]
         stage = schema.Stage(
             name=name,
             first_step=first_step,
@@ -279,18 +215,19 @@ class _Planner:
             advantage=advantage.component if advantage else None,
             loss=loss.component,
             loss_section=loss.section,
-            trainer=stage_trainer,
+            corrections=tuple(corrections),
+            trainer=trainer,
         )
-        return stage, tree
+        return stage, read.tree
 
-    def _effective(self) -> Node:
-        """The resolved run without the trainer options that the stages share; each stage repeats those that hold."""
-        tree = dict(self.tree)
-        if "stages" in tree:
-            own = {field.name for field in dataclasses.fields(schema.TrainerSection)}
-            kept = {key: node for key, node in tree["trainer"].value.items() if key in own}
-            tree["trainer"] = Node(kept, tree["trainer"].origin)
-        return Node(tree, self.doc.origin)
+
+def _effective(tree: Node) -> Node:
+    """The resolved run without the trainer options that the stages share; each stage repeats those that hold."""
+    if "stages" not in tree.value:
+        return tree
+    trainer = tree.value["trainer"]
+    kept = {key: node for key, node in trainer.value.items() if key in _TRAINER_KEYS}
+    return Node({**tree.value, "trainer": Node(kept, trainer.origin)}, tree.origin)
 
 
 def _check_keys(table: Node, at: Key, known: Sequence[str]) -> None:
@@ -303,49 +240,31 @@ def _check_keys(table: Node, at: Key, known: Sequence[str]) -> None:
         raise UserError(f"{node.origin}: {where} {key!r}. {nearest(key, known)}")
 
 
-def _stage_tables(given: Node) -> list[Node]:
-    """The stages, with names that flags can address."""
+def _stage_tables(given: Node) -> dict[str, Node]:
+    """The stages by their names, which flags can address."""
     if not isinstance(given.value, list) or not given.value:
         raise UserError(f"{given.origin}: stages must be tables that begin with [[stages]], at least one")
-    names: list[str] = []
+    stages: dict[str, Node] = {}
     for table in given.value:
         name = item_name(table) if isinstance(table.value, dict) else None
         if name is None or not re.fullmatch(r"[A-Za-z][\w-]*", name):
             raise UserError(f'{table.origin}: a stage needs a name that begins with a letter, as in name = "warm-up"')
-        if name in names:
+        if name in stages:
             raise UserError(f"{table.origin}: there is a stage {name!r} already; give this one another name")
-        names.append(name)
+        stages[name] = table
         _check_keys(table, ("stages", name), ("name", *STAGE_KEYS))
         _check_stage_trainer(table, name)
-    return list(given.value)
+    return stages
 
 
 def _check_stage_trainer(table: Node, name: str) -> None:
-    given = table.value.get("trainer")
-    for field in dataclasses.fields(schema.TrainerSection):
-        if given is not None and isinstance(given.value, dict) and field.name in given.value:
+    given = table.value.get("trainer", Node({}, ""))
+    for key in given.value if isinstance(given.value, dict) else ():
+        if key in _TRAINER_KEYS:
             raise UserError(
-                f"{given.value[field.name].origin}: stages.{name}.trainer.{field.name} cannot be set: it is the same "
-                f"for all stages; set trainer.{field.name}"
+                f"{given.value[key].origin}: stages.{name}.trainer.{key} cannot be set: it is the same for all "
+                f"stages; set trainer.{key}"
             )
-
-
-def _stage_section(table: Node, at: Key, key: str, cls: type[T]) -> tuple[T, Node]:
-    given = table.value.get(key)
-    section = build(cls, given or Node({}, table.origin), (*at, key))
-    return section, completed(plain(section), given)
-
-
-def _stage_trainer(trainer: Built, options: Node, at: Key) -> schema.Component:
-    spec = trainer.component.spec
-    return dataclasses.replace(trainer.component, options=build_options(spec, options, at))
-
-
-def _listed(node: Node | None) -> Node | None:
-    """One reward is short for a list of one."""
-    if node is None or isinstance(node.value, list):
-        return node
-    return Node([node], node.origin)
 
 
 def _free_name(parent: Path, name: str) -> str:
@@ -355,16 +274,6 @@ def _free_name(parent: Path, name: str) -> str:
         number += 1
         free = f"{name}-{number}"
     return free
-
-
-def _check_no_engine_needed(stages: Sequence[schema.Stage], origin: str) -> None:
-    for stage in stages:
-        assert isinstance(stage.rollout.spec, RolloutSpec)
-        if stage.rollout.spec.engine:
-            raise UserError(
-                f"{origin}: rollout {stage.rollout.spec.name!r} of stage {stage.name!r} generates, but there is no "
-                "engine; add [engine] with a name"
-            )
 
 
 def _find_sync(plan: schema.Plan, catalog: Catalog) -> schema.Component | None:
@@ -386,19 +295,16 @@ def _components(plan: schema.Plan) -> list[schema.Component]:
     """Every component of a plan."""
     whole = [plan.engine, plan.trainer, plan.sync, *plan.callbacks, *plan.trackers]
     for stage in plan.stages:
-        whole += [stage.data, stage.rollout, stage.advantage, stage.loss, *stage.filters]
+        whole += [stage.data, stage.rollout, stage.advantage, stage.loss, *stage.corrections, *stage.filters]
         whole += [reward for reward, _ in stage.rewards]
     return [component for component in whole if component is not None]
 
 
-def _origins(tree: Node) -> dict[str, str]:
-    """Dotted name -> origin; stages go by their names, as in flags."""
+def named_leaves(tree: Node) -> Iterator[tuple[Key, Node]]:
+    """The leaves of a resolved run file; stages go by their names, as in flags."""
     names = [item_name(stage) for stage in tree.value["stages"].value] if "stages" in tree.value else []
-
-    def name(path: Key) -> str:
-        return dotted((path[0], str(names[int(path[1])]), *path[2:]) if path[0] == "stages" else path)
-
-    return {name(path): node.origin for path, node in tree.leaves()}
+    for path, node in tree.leaves():
+        yield (path[0], str(names[int(path[1])]), *path[2:]) if path[0] == "stages" else path, node
 
 
 # ---- Run folders --------------------------------------------------------------------------------------------------

@@ -1,0 +1,132 @@
+"""Which processes a run has, and about how much memory the model takes in each, without torch and without a GPU.
+
+Per rank of the trainer, P parameters over R ranks take 4 P / R bytes each for weights, gradients and the two moments
+of AdamW, all float32, and 4 P / R more where a frozen reference is kept. (Mixed precision takes as much: 2 + 2 + 4 + 8
+bytes a parameter.) An engine over G GPUs holds P / G weights of its dtype, and keys and values of
+
+    2 * layers * key-value heads * head dimension * bytes
+
+a token, for the samples of one step at their full length. Activations, logits and the libraries' own memory are left
+out: they depend on the implementation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from miles_core.config.model import architectures, find_family, load_family, read_config
+from miles_core.config.schema import Plan, Stage
+from miles_core.config.traits import stage_columns
+from miles_core.plugins import Catalog
+from miles_core.specs import RolloutSpec
+
+FLOAT32 = 4
+_DTYPES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """Like processes. gpus, threads: of each. memory: what it is for -> bytes in each; empty if there is no model in
+    it, or if `Estimate.unknown` says why nothing can be said."""
+
+    name: str
+    count: int = 1
+    gpus: int = 0
+    threads: int = 1
+    memory: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """parameters: of the model. unknown: why memory cannot be estimated, else ""."""
+
+    processes: tuple[Processes, ...]
+    parameters: int | None
+    unknown: str = ""
+
+
+def estimate(plan: Plan, catalog: Catalog) -> Estimate:
+    """The processes of a plan and the memory that the model takes in them."""
+    config = read_config(plan.model, plan.origins, catalog)
+    parameters, unknown = _parameters(plan, config, catalog)
+    processes = [Processes(name="driver", memory={}), Processes(name="collector", memory={})]
+    if plan.engine_section is not None:
+        engine = plan.engine_section
+        memory = _engine_memory(plan, config, parameters) if config and parameters else {}
+        processes.append(
+            Processes(name="engine", count=engine.count, gpus=engine.gpus, threads=engine.threads, memory=memory)
+        )
+    trainer = plan.trainer_section
+    processes.append(
+        Processes(
+            name="trainer rank",
+            count=trainer.world_size,
+            gpus=1 if trainer.gpus else 0,
+            threads=trainer.threads,
+            memory=_trainer_memory(plan, parameters) if parameters else {},
+        )
+    )
+    return Estimate(processes=tuple(processes), parameters=parameters, unknown=unknown)
+
+
+def _parameters(plan: Plan, config: Mapping[str, Any] | None, catalog: Catalog) -> tuple[int | None, str]:
+    """The number of parameters, or why it is unknown."""
+    if config is None:
+        return None, f"{plan.model.path} is not on this machine yet"
+    family = find_family(plan.model, config, catalog)
+    if family is None:
+        names = ", ".join(sorted(architectures(config))) or "a config.json without architectures"
+        return None, f"no installed model plugin covers {names}"
+    try:
+        return load_family(family).parameters(config), ""
+    except (KeyError, TypeError, ValueError) as error:  # a config.json that its own family cannot read
+        return None, f"model family {family.spec.name!r} cannot count this config.json: {type(error).__name__}: {error}"
+
+
+def _trainer_memory(plan: Plan, parameters: int) -> dict[str, int]:
+    share = math.ceil(FLOAT32 * parameters / plan.trainer_section.world_size)
+    memory = {"weights": share, "gradients": share, "AdamW moments": 2 * share}
+    if any("ref_logprobs" in stage_columns(stage) for stage in plan.stages):
+        memory["reference weights"] = share
+    return memory
+
+
+def _engine_memory(plan: Plan, config: Mapping[str, Any], parameters: int) -> dict[str, int]:
+    assert plan.engine_section is not None
+    gpus = max(plan.engine_section.gpus, 1)
+    size = _DTYPES[plan.model.dtype]
+    memory = {"weights": math.ceil(size * parameters / gpus)}
+    elements = _cache_elements(config)
+    if elements is not None:
+        sequences = math.ceil(max(map(_generated, plan.stages)) / plan.engine_section.count)
+        what = f"keys and values of {sequences} x {plan.model.max_tokens} tokens"
+        memory[what] = math.ceil(size * elements * sequences * plan.model.max_tokens / gpus)
+    return memory
+
+
+def _generated(stage: Stage) -> int:
+    """Samples that a step of a stage generates."""
+    assert isinstance(stage.rollout.spec, RolloutSpec)
+    return stage.schedule.prompts_per_step * stage.schedule.samples_per_prompt if stage.rollout.spec.engine else 0
+
+
+def _cache_elements(config: Mapping[str, Any]) -> int | None:
+    """Numbers that attention keeps of one token; None if config.json does not say."""
+    try:
+        layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
+        dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+        return 2 * layers * int(config.get("num_key_value_heads") or heads) * dim
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def readable(size: int) -> str:
+    """Bytes in the largest fitting binary unit, three digits: "1.42 GiB"."""
+    amount, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while amount >= 1000 and len(units) > 1:
+        amount /= 1024
+        units.pop(0)
+    return f"{amount:.3g} {units[0]}"

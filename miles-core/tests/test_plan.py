@@ -1,0 +1,897 @@
+"""Plans of made-up components. Everything in the catalog is named after the trait it shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import shutil
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import tomli_w
+from click.testing import CliRunner, Result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from miles_core import (
+    AdvantageSpec,
+    CallbackSpec,
+    CorrectionSpec,
+    DataSourceSpec,
+    EngineSpec,
+    FilterSpec,
+    LossSpec,
+    ModelSpec,
+    RecipeSpec,
+    RewardSpec,
+    RolloutSpec,
+    TrackerSpec,
+    TrainerSpec,
+    WeightSyncSpec,
+)
+from miles_core.cli.plan import plan as plan_command_of_miles
+from miles_core.cli.recipes import recipes as recipes_command
+from miles_core.config.estimate import estimate, readable
+from miles_core.config.layers import open_catalog
+from miles_core.config.schema import Plan
+from miles_core.errors import UserError
+from miles_core.plugins import Catalog, Plugin
+from miles_core.run.plan import check_folder, load_plan, make_plan, write_run_files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clipped:
+    clip_high: float = 0.2
+    kl_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.clip_high < 0:
+            raise ValueError(f"clip_high must not be negative, got {self.clip_high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    learning_rate: float = 1e-6
+    betas: tuple[float, ...] = (0.9, 0.95)
+    schedule: Literal["constant", "cosine"] = "constant"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines:
+    path: str
+    limit: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    threshold: float = 0.5
+
+
+class TinyFamily:
+    """parameters: vocabulary times width, and nothing else, so that tests can multiply by hand."""
+
+    def fresh(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        known = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        made = {"vocab_size", "max_position_embeddings"}
+        for key in config:
+            if key not in known and key not in made and not key.endswith("_token_id"):
+                raise ValueError(f"{key} is not a field of a tiny config")
+        return {**known, "architectures": ["TinyForCausalLM"], **config}
+
+    def parameters(self, config: Mapping[str, Any]) -> int:
+        return int(config["vocab_size"]) * int(config["hidden_size"])
+
+
+fake = types.ModuleType("fake_options")
+for item in (Clipped, Optimizer, TrainerOptions, Lines, Threshold, TinyFamily):
+    setattr(fake, item.__name__, item)
+sys.modules["fake_options"] = fake
+
+
+def _said(name: str, **more: Any) -> dict[str, Any]:
+    return {"name": name, "ref": "nowhere:thing", "summary": "It is made up.", **more}
+
+
+def _plugin(name: str, *records: Any, version: str = "1.0", status: Any = "active") -> Plugin:
+    entry = name.replace("-", "_")
+    return Plugin(name=name, version=version, entry=entry, requires="", status=status, records=records)
+
+
+ALGORITHMS = (
+    AdvantageSpec(**_said("whitened", groups=True)),
+    AdvantageSpec(**_said("critic", needs=frozenset({"values"}), gives=frozenset({"advantages", "returns"}))),
+    LossSpec(
+        **_said("clipped", options="fake_options:Clipped"),
+        needs=frozenset({"advantages", "old_logprobs"}),
+        needs_if={"ref_logprobs": "kl_coef"},
+    ),
+    AdvantageSpec(**_said("against-baseline", baseline=True)),
+    CorrectionSpec(**_said("truncated", needs=frozenset({"values"}))),
+    LossSpec(**_said("imitate")),
+    LossSpec(**_said("value", needs=frozenset({"returns"}))),
+)
+DATA = (
+    DataSourceSpec(**_said("lines", options="fake_options:Lines", answers=True)),
+    DataSourceSpec(**_said("open-ended")),
+    RewardSpec(**_said("compare", needs_answer=True)),
+    RewardSpec(**_said("judge")),
+    FilterSpec(**_said("spread", options="fake_options:Threshold")),
+    RolloutSpec(**_said("single-turn")),
+    RolloutSpec(**_said("replay", engine=False)),
+    RolloutSpec(**_said("with-baseline", baseline=True)),
+)
+STACK = (
+    EngineSpec(**_said("quick", pause_modes=frozenset({"drain", "in-place"}))),
+    EngineSpec(**_said("gpu-only", devices=frozenset({"cuda"}))),
+    TrainerSpec(**_said("plain", options="fake_options:TrainerOptions")),
+    TrainerSpec(**_said("choosy", families="listed", devices=frozenset({"cpu"}))),
+    TrainerSpec(**_said("island")),
+    WeightSyncSpec(**_said("plain-to-quick"), trainer="plain", engine="quick", receiver="nowhere:receiver"),
+    WeightSyncSpec(**_said("plain-to-gpu"), trainer="plain", engine="gpu-only", receiver="nowhere:receiver"),
+    WeightSyncSpec(**_said("choosy-to-quick"), trainer="choosy", engine="quick", receiver="nowhere:receiver"),
+    CallbackSpec(**_said("watch", runs_on=frozenset({"driver"}))),
+    TrackerSpec(**_said("log-book")),
+)
+MODELS = (
+    ModelSpec(name="tiny", ref="fake_options:TinyFamily", summary="A tiny model.", architectures=("TinyForCausalLM",)),
+)
+
+
+def catalog(*more: Plugin, **versions: str) -> Catalog:
+    plugins = [
+        _plugin("miles-core"),
+        _plugin("fake-algorithms", *ALGORITHMS, version=versions.get("algorithms", "1.0")),
+        _plugin("fake-data", *DATA),
+        _plugin("fake-stack", *STACK),
+        _plugin("fake-models", *MODELS),
+        *more,
+    ]
+    return Catalog(tuple(sorted(plugins, key=lambda plugin: plugin.name)))
+
+
+RUN = """\
+[schedule]
+steps = 3
+prompts_per_step = 4
+samples_per_prompt = 2
+[sampling]
+max_new_tokens = 16
+[model]
+family = "tiny"
+max_tokens = 64
+[data]
+name = "lines"
+path = "train.jsonl"
+[reward]
+name = "compare"
+[engine]
+name = "quick"
+[trainer]
+name = "plain"
+[advantage]
+name = "whitened"
+[loss]
+name = "clipped"
+clip_high = 0.28
+"""
+
+STAGED = """\
+name = "staged"
+[sampling]
+max_new_tokens = 16
+[model]
+family = "tiny"
+max_tokens = 64
+[data]
+name = "lines"
+path = "train.jsonl"
+[reward]
+name = "compare"
+[engine]
+name = "quick"
+[trainer]
+name = "plain"
+optimizer = { learning_rate = 1e-5, schedule = "cosine" }
+[advantage]
+name = "whitened"
+[loss]
+name = "clipped"
+clip_high = 0.28
+[[stages]]
+name = "warm-up"
+rollout = { name = "replay" }
+loss = { name = "imitate" }
+schedule = { steps = 10, prompts_per_step = 8 }
+trainer = { optimizer = { learning_rate = 1e-3 } }
+[[stages]]
+name = "rl"
+schedule = { steps = 5, prompts_per_step = 4, samples_per_prompt = 4 }
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def plan_of(text: str, *flags: str, plugins: Catalog | None = None) -> Plan:
+    Path("run.toml").write_text(text)
+    return make_plan("run.toml", flags, plugins or catalog())
+
+
+def without(*sections: str) -> str:
+    return "".join(f"[{part}" for part in RUN.split("[")[1:] if part.split("]")[0] not in sections)
+
+
+def refusal(text: str, *flags: str, plugins: Catalog | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        plan_of(text, *flags, plugins=plugins)
+    return str(caught.value)
+
+
+def test_a_plain_run_is_one_stage() -> None:
+    plan = plan_of(RUN)
+    assert [stage.name for stage in plan.stages] == ["train"]
+    assert plan.steps == 3
+    assert plan.stages[0].loss.options == Clipped(clip_high=0.28)
+
+
+def test_every_value_has_its_origin() -> None:
+    plan = plan_of(RUN, "loss.kl_coef=0.0", "seed=7")
+    assert plan.origins["loss.clip_high"] == "run.toml:23"
+    assert plan.origins["loss.kl_coef"] == "flag loss.kl_coef=0.0"
+    assert plan.origins["loss.aggregation"] == "default"
+    assert plan.origins["rollout.name"] == "default"
+    assert plan.values["schedule"] == {
+        "steps": 3,
+        "prompts_per_step": 4,
+        "samples_per_prompt": 2,
+        "updates_per_batch": 1,
+        "minibatches": 1,
+        "max_staleness": 0,
+    }
+    assert plan.values["cluster"]["address"] is None
+    assert plan.seed == 7
+
+
+def test_stages_lie_over_what_is_set_for_all() -> None:
+    warm_up, rl = plan_of(STAGED).stages
+    assert (warm_up.first_step, warm_up.last_step, rl.first_step, rl.last_step) == (0, 10, 10, 15)
+    assert (warm_up.rollout.spec.name, rl.rollout.spec.name) == ("replay", "single-turn")
+    assert (warm_up.loss.spec.name, rl.loss.spec.name) == ("imitate", "clipped")
+    assert warm_up.loss.options is None
+    assert rl.loss.options == Clipped(clip_high=0.28)
+    assert warm_up.trainer.options == TrainerOptions(optimizer=Optimizer(learning_rate=1e-3, schedule="cosine"))
+    assert rl.trainer.options == TrainerOptions(optimizer=Optimizer(learning_rate=1e-5, schedule="cosine"))
+    assert warm_up.data == rl.data
+
+
+def test_an_advantage_that_nothing_reads_is_left_out() -> None:
+    warm_up, rl = plan_of(STAGED).stages
+    assert warm_up.advantage is None
+    assert rl.advantage is not None
+    assert rl.advantage.spec.name == "whitened"
+
+
+def test_flags_reach_one_stage_by_its_name_and_all_stages_without() -> None:
+    plan = plan_of(STAGED, "stages.rl.schedule.steps=50", "sampling.temperature=0.5")
+    assert [stage.schedule.steps for stage in plan.stages] == [10, 50]
+    assert [stage.sampling.temperature for stage in plan.stages] == [0.5, 0.5]
+    assert plan.origins["stages.rl.schedule.steps"] == "flag stages.rl.schedule.steps=50"
+    assert plan.origins["stages.rl.schedule.prompts_per_step"] == "run.toml:30"
+    assert plan.origins["stages.warm-up.sampling.max_new_tokens"] == "run.toml:3"
+
+
+@pytest.mark.parametrize("flag", ["reward.weight=2", "reward.0.weight=2", "reward.compare.weight=2"])
+def test_a_single_reward_is_addressed_as_a_table_and_as_an_item(flag: str) -> None:
+    ((reward, section),) = plan_of(RUN, flag).stages[0].rewards
+    assert (reward.spec.name, section.weight) == ("compare", 2.0)
+
+
+def test_several_rewards_have_weights_of_their_own() -> None:
+    text = (
+        RUN.replace('[reward]\nname = "compare"\n', "") + '[[reward]]\nname = "compare"\n[[reward]]\nname = "judge"\n'
+    )
+    rewards = plan_of(text, "reward.judge.weight=0.5", "reward.0.timeout_s=5").stages[0].rewards
+    assert [(one.spec.name, part.weight, part.timeout_s) for one, part in rewards] == [
+        ("compare", 1.0, 5.0),
+        ("judge", 0.5, 30.0),
+    ]
+
+
+def test_lists_hold_names_and_tables() -> None:
+    plan = plan_of(RUN, 'filters=["spread", {name="fake-data:spread", threshold=1}]', 'callbacks=["watch"]')
+    assert [one.options for one in plan.stages[0].filters] == [Threshold(), Threshold(threshold=1.0)]
+    assert plan.callbacks[0].spec.name == "watch"
+    assert plan.origins["callbacks.0.name"] == 'flag callbacks=["watch"]'
+
+
+def test_a_name_alone_is_short_for_a_table() -> None:
+    assert plan_of(RUN, "reward=judge").stages[0].rewards[0][0].spec.name == "judge"
+
+
+def test_the_plugin_set_is_what_the_run_uses() -> None:
+    plan = plan_of(RUN, plugins=catalog(_plugin("fake-unused"), _plugin("fake-loss", LossSpec(**_said("other")))))
+    assert plan.plugin_set == tuple(
+        (name, "1.0", name.replace("-", "_"))
+        for name in ("fake-algorithms", "fake-data", "fake-models", "fake-stack", "miles-core")
+    )
+
+
+def test_a_run_without_generation_needs_no_engine_advantage_or_reward() -> None:
+    text = without("engine", "advantage", "reward", "loss")
+    plan = plan_of(text, "rollout.name=replay", "loss.name=imitate")
+    assert (plan.engine, plan.engine_section, plan.sync) == (None, None, None)
+    assert plan.stages[0].rewards == ()
+    assert plan.stages[0].advantage is None
+
+
+def test_the_weight_sync_is_the_one_of_the_pair() -> None:
+    sync = plan_of(RUN, "engine.name=gpu-only", "engine.gpus=1").sync
+    assert sync is not None
+    assert sync.spec.name == "plain-to-gpu"
+
+
+def test_a_plan_goes_to_other_processes() -> None:
+    plan = plan_of(STAGED)
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+# ---- Refusals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("los.clip_high=1", "a run file has no key 'los'. Did you mean 'loss'?"),
+        ("loss.clip_hi=1", "loss (loss 'clipped') has no option 'clip_hi'. Did you mean 'clip_high'?"),
+        ("loss.agregation=token", "loss (loss 'clipped') has no option 'agregation'. Did you mean 'aggregation'"),
+        ("loss.clip_high=high", 'loss.clip_high must be a number, got "high"'),
+        ("loss.clip_high=-1", "loss.clip_high must not be negative, got -1.0"),
+        ("loss.name=cliped", "loss: unknown loss 'cliped'. Did you mean 'clipped'?"),
+        (
+            "trainer.optimizer.learning_rat=1",
+            "trainer.optimizer has no option 'learning_rat'. Did you mean 'learning_rate'?",
+        ),
+        ("schedule.steps=0", "schedule.steps must be at least 1, got 0"),
+        ("schedule.stepz=5", "schedule has no option 'stepz'. Did you mean 'steps'?"),
+        (
+            "model.config.hidden_sizes=5",
+            "[model.config] of family 'tiny': hidden_sizes is not a field of a tiny config",
+        ),
+        ("model.tokenizer=byte", "there is no tokenizer 'byte' to make for a new model. Did you mean 'bytes'?"),
+        ("model.family=tin", "unknown model 'tin'. Did you mean 'tiny'?"),
+        ("model.path=no/such/folder", "model.path 'no/such/folder' is no folder, and no hub name"),
+        ("name=a/b", "name must be made of letters"),
+        ("seed=-1", "seed must not be negative, got -1"),
+        ("reward.name=comparer", "reward.0: unknown reward 'comparer'. Did you mean 'compare'?"),
+        ("trackers.0.x=1", "trackers.0 must be a table with the name of a tracker; known: log-book"),
+        ("stages=5", "stages must be tables that begin with [[stages]], at least one"),
+        ("engine=5", "engine must be a table with the name of a engine; known: gpu-only, quick"),
+    ],
+)
+def test_a_wrong_flag_is_refused_by_its_own_name(flag: str, message: str) -> None:
+    assert refusal(RUN, flag).startswith(f"flag {flag}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            without("data"),
+            "run.toml:1: there is no data; add [data] with the name of a data source; known: lines, open-ended",
+        ),
+        (
+            without("trainer"),
+            "run.toml:1: there is no trainer; add [trainer] with the name of a trainer; known: choosy, island, plain",
+        ),
+        (without("schedule"), "run.toml:1: schedule.steps is missing; it must be a whole number"),
+        (without("model"), "run.toml:1: model: model needs either `path` or `family`, and not both"),
+        (RUN.replace('path = "train.jsonl"', ""), "run.toml:10: data.path is missing; it must be a string"),
+    ],
+)
+def test_what_is_missing_is_named(text: str, message: str) -> None:
+    assert refusal(text) == message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["advantage.name=critic"],
+            "flag advantage.name=critic: advantage 'critic' needs values, but trainer 'plain' gives old_logprobs",
+        ),
+        (
+            ["loss.name=value"],
+            (
+                "flag loss.name=value: loss 'value' needs returns, but advantage 'whitened' gives advantages, trainer "
+                "'plain' gives old_logprobs; choose an advantage or a trainer that gives it"
+            ),
+        ),
+        (
+            ["loss.kl_coef=0.1"],
+            (
+                "run.toml:22: loss 'clipped' needs ref_logprobs, but advantage 'whitened' gives advantages, trainer "
+                "'plain' gives old_logprobs; choose an advantage or a trainer that gives it, or switch off loss.kl_coef"
+            ),
+        ),
+        (
+            ['corrections=["truncated"]'],
+            "flag corrections=[\"truncated\"]: correction 'truncated' needs values, but advantage",
+        ),
+        (
+            ["schedule.samples_per_prompt=1"],
+            (
+                "flag schedule.samples_per_prompt=1: advantage 'whitened' compares the samples of one prompt, but "
+                "schedule.samples_per_prompt is 1; set it to 2 or more"
+            ),
+        ),
+        (
+            ["rollout.name=with-baseline"],
+            "run.toml:20: rollout 'with-baseline' makes a baseline sample, but advantage 'whitened' does not compare",
+        ),
+        (
+            ["advantage.name=against-baseline"],
+            (
+                "flag advantage.name=against-baseline: advantage 'against-baseline' compares with a baseline sample, "
+                "but rollout 'single-turn' makes none"
+            ),
+        ),
+        (
+            ["data.name=open-ended"],
+            "run.toml:14: reward 'compare' compares with a reference answer, but data source 'open-ended' gives none",
+        ),
+        (
+            ["reward=[]"],
+            "flag reward=[]: rollout 'single-turn' makes samples that must be scored, but there is no reward",
+        ),
+        (
+            ["sampling.max_new_tokens=64"],
+            (
+                "flag sampling.max_new_tokens=64: sampling.max_new_tokens is 64, which leaves no room for a prompt "
+                "within model.max_tokens = 64"
+            ),
+        ),
+        (
+            ["trainer.name=island"],
+            (
+                "run.toml:16: no weight sync goes from trainer 'island' to engine 'quick'; installed pairs: choosy -> "
+                "quick, plain -> gpu-only, plain -> quick."
+            ),
+        ),
+        (
+            ["publish.mode=retract"],
+            "flag publish.mode=retract: publish.mode is 'retract', but engine 'quick' can only pause by drain",
+        ),
+        (
+            ["engine.name=gpu-only"],
+            "flag engine.name=gpu-only: engine 'gpu-only' runs on cuda, but engine.gpus is 0; set engine.gpus to 1",
+        ),
+        (
+            ["trainer.name=choosy", "trainer.gpus=1"],
+            "flag trainer.gpus=1: trainer 'choosy' runs on cpu, but trainer.gpus is 1; set trainer.gpus = 0",
+        ),
+        (
+            ["model.config.max_position_embeddings=32"],
+            "run.toml:9: model.max_tokens is 64, but the model's max_position_embeddings is 32",
+        ),
+        (
+            ["plugins.disable=['fake-data']"],
+            "flag plugins.disable=['fake-data']: plugin fake-data is disabled, but this run uses it",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_with_both_sides(flags: list[str], message: str) -> None:
+    assert refusal(RUN, *flags).startswith(message)
+
+
+def test_an_engine_is_asked_for_when_something_generates() -> None:
+    assert "rollout 'single-turn' generates, but there is no engine" in refusal(without("engine"))
+
+
+def test_an_advantage_is_asked_for_when_the_loss_needs_one() -> None:
+    assert refusal(without("advantage")).startswith(
+        "run.toml:20: loss 'clipped' needs advantages, but there is no advantage, trainer 'plain' gives old_logprobs"
+    )
+
+
+def test_evaluation_needs_something_that_generates() -> None:
+    flags = ["rollout.name=replay", "loss.name=imitate", "evaluation.every=2"]
+    assert "evaluation needs a rollout that generates, but no stage has one ('replay')" in refusal(RUN, *flags)
+
+
+def test_the_stage_is_named_where_there_are_several() -> None:
+    message = refusal(STAGED, "stages.rl.schedule.samples_per_prompt=1")
+    assert "advantage 'whitened' of stage 'rl' compares" in message
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("stages.rl.engine.gpus=1", "stages.rl.engine cannot be set: engine is the same for all stages"),
+        ("stages.rl.trainer.gpus=1", "stages.rl.trainer.gpus cannot be set: it is the same for all stages"),
+        ("stages.rl.los=1", "stages.rl has no key 'los'. Did you mean 'loss'?"),
+        ("stages.rl.trainer=fast", 'stages.rl.trainer must be a table, got "fast"'),
+        ("stages.rl.loss.clip_hi=1", "stages.rl.loss (loss 'clipped') has no option 'clip_hi'"),
+        ("stages.rl.name=warm-up", "there is a stage 'warm-up' already"),
+        ("stages.rl.name=3", "a stage needs a name that begins with a letter"),
+    ],
+)
+def test_a_stage_is_held_to_what_stages_may_set(flag: str, message: str) -> None:
+    assert message in refusal(STAGED, flag)
+
+
+def test_a_flag_that_every_stage_hides_is_refused() -> None:
+    assert refusal(STAGED, "schedule.steps=7") == (
+        "flag schedule.steps=7: schedule.steps has no effect: no stage uses it; say stages.warm-up.schedule.steps or "
+        "stages.rl.schedule.steps"
+    )
+    assert "advantage.name has no effect" in refusal(RUN, "loss.name=imitate", "advantage.name=critic")
+
+
+def test_options_are_refused_where_there_are_none() -> None:
+    assert "trainer (trainer 'island') has no option 'lr'" in refusal(RUN, "trainer.name=island", "trainer.lr=1")
+    staged = STAGED.replace('name = "plain"', 'name = "choosy"').replace("\noptimizer = {", "\n# {")
+    assert "stages.warm-up.trainer has no option 'optimizer'" in refusal(staged)
+
+
+# ---- Models -------------------------------------------------------------------------------------------------------
+
+
+def model_folder(*files: str, **config: Any) -> None:
+    folder = Path("model")
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_text("{}")
+    if config:
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+FOLDER_RUN = RUN.replace('family = "tiny"', 'path = "./model"')
+
+
+def test_a_model_folder_is_found_with_its_family() -> None:
+    model_folder("tokenizer.json", architectures=["TinyForCausalLM"], max_position_embeddings=64)
+    assert ("fake-models", "1.0", "fake_models") in plan_of(FOLDER_RUN).plugin_set
+    assert plan_of(FOLDER_RUN, "trainer.name=choosy").trainer.spec.name == "choosy"
+
+
+def test_a_hub_name_is_left_to_the_run() -> None:
+    assert plan_of(RUN, "model.path=nobody/has-this-model").model.path == "nobody/has-this-model"
+
+
+@pytest.mark.parametrize(
+    ("files", "config", "message"),
+    [
+        ((), {}, "run.toml:8: model.path './model' is no folder"),
+        (("tokenizer.json",), {}, "run.toml:8: model folder model has no config.json, so it is no Hugging Face model"),
+        ((), {"hidden_size": 8}, "run.toml:8: model folder model has no tokenizer (none of tokenizer.json, "),
+        (
+            ("tokenizer.json",),
+            {"max_position_embeddings": 32, "architectures": ["TinyForCausalLM"]},
+            "run.toml:9: model.max_tokens is 64, but the model's max_position_embeddings is 32; set model.max_tokens",
+        ),
+        (
+            ("tokenizer.json",),
+            {"architectures": ["OddForCausalLM"]},
+            (
+                "run.toml:8: trainer 'choosy' trains only models of installed families, and none covers "
+                "OddForCausalLM. Installed: tiny (TinyForCausalLM)"
+            ),
+        ),
+    ],
+)
+def test_an_unusable_model_folder_is_refused(files: tuple[str, ...], config: dict[str, Any], message: str) -> None:
+    if files or config:
+        model_folder(*files, **config)
+    assert refusal(FOLDER_RUN, "trainer.name=choosy").startswith(message)
+
+
+def test_a_broken_config_is_refused() -> None:
+    model_folder("tokenizer.json", "config.json")
+    Path("model/config.json").write_text("{,}")
+    assert "config.json cannot be read" in refusal(FOLDER_RUN)
+
+
+# ---- Files and recipes --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Catalog]:
+    """A plugin with the recipes `basic`, `derived` (from basic), `circle-a` and `circle-b`, and `demanding`."""
+    package = tmp_path / "site" / "fake_recipes"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    files = {
+        "basic": RUN,
+        "derived": 'recipe = "basic"\nseed = 5\n[loss]\nclip_high = 0.4\n',
+        "staged": STAGED,
+        "circle-a": 'recipe = "circle-b"\n',
+        "circle-b": 'recipe = "circle-a"\n',
+        "broken": "a = \n",
+    }
+    for name, text in files.items():
+        (package / f"{name}.toml").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    specs = [RecipeSpec(name=name, ref=f"fake_recipes:{name}.toml", summary="A recipe.") for name in files]
+    specs.append(
+        RecipeSpec(name="absent", ref="fake_recipes:absent.toml", summary="Its plugin forgot the file."),
+    )
+    needs = [("newer", "pytest>=9999"), ("lacking", "no-such-distribution>=1"), ("elsewhere", "x; python_version<'3'")]
+    for name, requirement in needs:
+        specs.append(RecipeSpec(name=name, ref="fake_recipes:basic.toml", summary="A recipe.", requires=(requirement,)))
+    yield catalog(_plugin("fake-recipes", *specs))
+    sys.modules.pop("fake_recipes", None)
+
+
+def test_a_recipe_is_a_run(recipes: Catalog) -> None:
+    plan = make_plan("basic", ["loss.kl_coef=0"], recipes)
+    assert plan.name == "basic"
+    assert plan.origins["loss.clip_high"] == "recipe basic, line 23"
+
+
+def test_recipe_run_file_and_flags_lie_over_one_another(recipes: Catalog) -> None:
+    plan = plan_of('recipe = "derived"\nseed = 6\n[loss]\nkl_coef = 0.0\n', "schedule.steps=9", plugins=recipes)
+    assert plan.name == "run"
+    assert plan.stages[0].loss.options == Clipped(clip_high=0.4)
+    assert [
+        plan.origins[name] for name in ("loss.name", "loss.clip_high", "loss.kl_coef", "schedule.steps", "seed")
+    ] == [
+        "recipe basic, line 22",
+        "recipe derived, line 4",
+        "run.toml:4",
+        "flag schedule.steps=9",
+        "run.toml:2",
+    ]
+
+
+def test_a_line_of_a_run_file_that_its_recipe_hides_is_refused(recipes: Catalog) -> None:
+    message = refusal('recipe = "staged"\n[schedule]\nsteps = 4\n', plugins=recipes)
+    assert message.startswith("run.toml:3: schedule.steps has no effect: no stage uses it; say stages.warm-up.")
+    plan = plan_of('recipe = "staged"\n[stages.rl.schedule]\nsteps = 4\n', plugins=recipes)
+    assert plan.stages[1].schedule.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("basik", "unknown recipe 'basik'. Did you mean 'basic'?"),
+        ("absent.toml", "there is no run file absent.toml"),
+        (".", ". is a folder, not a run file"),
+        ("circle-a", "recipe 'circle-a' builds on itself: circle-a -> circle-b -> circle-a"),
+        ("broken", "recipe broken, line 1: this is not valid TOML"),
+        ("absent", "recipe 'absent' of plugin fake-recipes cannot be read"),
+        ("newer", "recipe 'newer' needs pytest>=9999, found "),
+        ("lacking", "recipe 'lacking' needs no-such-distribution>=1, which is not installed; pip install '"),
+    ],
+)
+def test_a_target_that_is_no_run_is_refused(recipes: Catalog, target: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_plan(target, [], recipes)
+    assert str(caught.value).startswith(message)
+
+
+def test_an_unknown_recipe_of_a_run_file_is_refused_with_its_line(recipes: Catalog) -> None:
+    assert refusal('seed = 1\nrecipe = "basik"\n', plugins=recipes).startswith("run.toml:2: unknown recipe 'basik'.")
+    assert refusal("recipe = 5\n", plugins=recipes) == "run.toml:1: recipe must be the name of a recipe, a string"
+
+
+def test_a_requirement_for_another_python_does_not_count(recipes: Catalog) -> None:
+    assert make_plan("elsewhere", [], recipes).name == "elsewhere"
+
+
+# ---- Run folders --------------------------------------------------------------------------------------------------
+
+
+def test_a_default_name_avoids_existing_folders_and_a_given_one_does_not() -> None:
+    assert plan_of(RUN).folder == Path.cwd() / "runs" / "run"
+    Path("runs/run").mkdir(parents=True)
+    Path("runs/run-2").mkdir()
+    assert plan_of(RUN).name == "run-3"
+    check_folder(plan_of(RUN))
+    named = plan_of(RUN, "name=run")
+    assert named.folder == Path.cwd() / "runs" / "run"
+    with pytest.raises(
+        UserError, match=r"run folder .*/runs/run exists already; choose another name .* miles resume .*"
+    ):
+        check_folder(named)
+
+
+def test_a_plan_says_how_to_continue_when_given_a_run_folder() -> None:
+    write_run_files(plan_of(RUN), Path("runs/run"))
+    with pytest.raises(UserError, match=r"to continue that run, say miles resume runs/run"):
+        make_plan("runs/run", [], catalog())
+
+
+names = st.text(min_size=1, max_size=5)
+scalars = st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False) | names
+flags = st.fixed_dictionaries(
+    {},
+    optional={
+        "seed": st.integers(0, 2**40),
+        "loss.clip_high": st.floats(0, 1e6),
+        "loss.aggregation": st.sampled_from(["token", "sequence", "group"]),
+        "sampling.stop": st.lists(st.text(), max_size=3),
+        "sampling.top_p": st.floats(1e-3, 1.0),
+        "trainer.optimizer.betas": st.lists(st.floats(allow_nan=False), max_size=2),
+        "trainer.dtype": st.sampled_from(["float32", "bfloat16"]),
+        "data.path": st.text(),
+        "data.limit": st.integers(),
+        "data.extra": st.dictionaries(names, scalars | st.dictionaries(names, scalars, max_size=2), max_size=3),
+        "filters": st.lists(
+            st.fixed_dictionaries({"name": st.just("spread"), "threshold": st.floats(0, 1)}), max_size=2
+        ),
+        "reward": st.lists(
+            st.fixed_dictionaries({"name": st.just("judge"), "weight": st.floats(-9, 9)}), min_size=1, max_size=2
+        ),
+        "cluster.address": st.text(),
+        "engine.count": st.integers(1, 9),
+    },
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(flags, st.sampled_from([RUN, STAGED]))
+def test_a_run_folder_gives_back_an_equal_plan(said: dict[str, Any], text: str) -> None:
+    flags = [
+        f"{key}={tomli_w.dumps({'x': value}).partition('x = ')[2]}"
+        for key, value in said.items()
+        if not isinstance(value, dict)
+    ]
+    if "data.extra" in said:
+        text = text.replace(
+            'path = "train.jsonl"',
+            'path = "train.jsonl"\n' + tomli_w.dumps({"extra": said["data.extra"]}).replace("[extra", "[data.extra"),
+        )
+    plan = plan_of(text, *flags)
+    write_run_files(plan, plan.folder)
+    assert load_plan(plan.folder, catalog()) == plan
+    shutil.rmtree(plan.folder)
+
+
+def test_the_manifest_names_plugins_versions_and_origins() -> None:
+    write_run_files(plan_of(RUN), Path("there"))
+    manifest = json.loads(Path("there/manifest.json").read_text())
+    assert manifest["plugins"][0] == ["fake-algorithms", "1.0", "fake_algorithms"]
+    assert manifest["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert {"miles-core", "ray", "transformers"} <= set(manifest["versions"])
+    assert manifest["plugin_api"] == 1
+    assert manifest["origins"]["loss.clip_high"] == "run.toml:23"
+
+
+def test_a_moved_run_goes_on_where_it_is() -> None:
+    plan = plan_of(RUN)
+    write_run_files(plan, Path("moved/here"))
+    assert load_plan(Path("moved/here"), catalog()) == dataclasses.replace(plan, folder=Path.cwd() / "moved/here")
+
+
+def test_a_run_is_not_resumed_with_other_plugins() -> None:
+    plan = plan_of(RUN)
+    write_run_files(plan, plan.folder)
+    message = r"was started with fake-algorithms 1\.0, but 2\.0 is installed; pip install fake-algorithms==1\.0"
+    with pytest.raises(UserError, match=message):
+        load_plan(plan.folder, catalog(algorithms="2.0"))
+    missing = Catalog(tuple(plugin for plugin in catalog().plugins if plugin.name != "fake-algorithms"))
+    with pytest.raises(UserError, match=r"was started with fake-algorithms 1\.0, but it is not active here"):
+        load_plan(plan.folder, missing)
+
+
+def test_what_is_no_run_folder_is_refused() -> None:
+    with pytest.raises(UserError, match=r"nowhere holds no run: there is no manifest\.json in it"):
+        load_plan(Path("nowhere"), catalog())
+    Path("bad").mkdir()
+    Path("bad/manifest.json").write_text("{\n,")
+    with pytest.raises(UserError, match=r"manifest\.json:2: this is not valid JSON"):
+        load_plan(Path("bad"), catalog())
+
+
+# ---- Memory -------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_what_the_parameters_weigh() -> None:
+    flags = ["model.config.vocab_size=1000", "model.config.hidden_size=128", "trainer.ranks=2", "engine.count=2"]
+    guess = estimate(plan_of(RUN, *flags), catalog())
+    processes = {one.name: one for one in guess.processes}
+    assert guess.parameters == 128_000
+    assert list(processes) == ["driver", "collector", "engine", "trainer rank"]
+    assert (processes["engine"].count, processes["trainer rank"].count) == (2, 2)
+    assert processes["trainer rank"].memory == {"weights": 256_000, "gradients": 256_000, "AdamW moments": 512_000}
+    # 8 samples a step on two engines; 2 layers of 4 heads of 32, keys and values, float32.
+    assert processes["engine"].memory == {
+        "weights": 512_000,
+        "keys and values of 4 x 64 tokens": 4 * 64 * 2 * (2 * 4 * 32) * 4,
+    }
+
+
+def test_a_reference_a_dtype_and_gpus_count() -> None:
+    gives = TrainerSpec(**_said("referee"), gives=frozenset({"old_logprobs", "ref_logprobs"}))
+    sync = WeightSyncSpec(**_said("referee-to-quick"), trainer="referee", engine="quick", receiver="nowhere:receiver")
+    plugins = catalog(_plugin("fake-referee", gives, sync))
+    flags = ["trainer.name=referee", "trainer.gpus=4", "engine.gpus=2", "model.dtype=bfloat16", "loss.kl_coef=0.1"]
+    guess = estimate(plan_of(RUN, *flags, "model.config.vocab_size=1000", plugins=plugins), plugins)
+    engine, trainer = guess.processes[2:]
+    assert (trainer.count, trainer.gpus) == (4, 1)
+    assert trainer.memory["reference weights"] == 1000 * 64 * 4 // 4
+    assert engine.memory["weights"] == 1000 * 64 * 2 // 2
+
+
+@pytest.mark.parametrize(
+    ("architectures", "path", "reason"),
+    [
+        (["OddForCausalLM"], "./model", "no installed model plugin covers OddForCausalLM"),
+        (["TinyForCausalLM"], "./model", "model family 'tiny' cannot count this config.json: KeyError: 'vocab_size'"),
+        ([], "nobody/has-this-model", "nobody/has-this-model is not on this machine yet"),
+    ],
+)
+def test_memory_that_cannot_be_known_is_said_to_be_unknown(architectures: list[str], path: str, reason: str) -> None:
+    model_folder("tokenizer.json", architectures=architectures)
+    guess = estimate(plan_of(RUN, f"model.path={path}"), catalog())
+    assert (guess.parameters, guess.unknown) == (None, reason)
+    assert all(not processes.memory for processes in guess.processes)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1536, "1.5 KiB"), (3 * 2**30, "3 GiB"), (2**50, "1.02e+03 TiB")]
+)
+def test_bytes_are_readable(size: int, text: str) -> None:
+    assert readable(size) == text
+
+
+# ---- Commands -----------------------------------------------------------------------------------------------------
+
+
+def plan_command(monkeypatch: pytest.MonkeyPatch, *args: str) -> Result:
+    monkeypatch.setattr("miles_core.config.layers.discover", lambda *, disable=(): catalog())
+    Path("run.toml").write_text(STAGED)
+    return CliRunner().invoke(plan_command_of_miles, ["run.toml", *args], catch_exceptions=False)
+
+
+def test_the_plan_is_printed_with_origins_and_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = plan_command(monkeypatch, "stages.rl.loss.clip_high=0.5").output
+    lines = [line.split() for line in output.splitlines()]
+    assert ["stages.rl.loss.clip_high", "0.5", "flag", "stages.rl.loss.clip_high=0.5"] in lines
+    assert ["seed", "0", "default"] in lines
+    assert ["cluster.address", "unset", "default"] in lines
+    assert ["driver", "1", "1", "CPU", "no", "model"] in lines
+    assert output.splitlines()[0] == f"Run staged: 15 steps, in {Path.cwd() / 'runs' / 'staged'}"
+
+
+def test_the_plan_as_json_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = json.loads(plan_command(monkeypatch, "--json").output)
+    assert shown["steps"] == 15
+    assert shown["values"]["stages"][1]["loss"]["clip_high"] == 0.28
+    assert shown["origins"]["stages.rl.loss.clip_high"] == "run.toml:21"
+    assert shown["parameters"] == 258 * 64
+    assert [processes["name"] for processes in shown["processes"]] == ["driver", "collector", "engine", "trainer rank"]
+
+
+def test_recipes_are_listed_and_shown(recipes: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("miles_core.plugins.discover", lambda: recipes)
+    runner = CliRunner()
+    assert ["basic", "fake-recipes", "A", "recipe."] in [
+        line.split() for line in runner.invoke(recipes_command, ["list"]).output.splitlines()
+    ]
+    assert runner.invoke(recipes_command, ["show", "basic"]).output == RUN
+    with pytest.raises(UserError, match="unknown recipe 'basik'"):
+        runner.invoke(recipes_command, ["show", "basik"], catch_exceptions=False)
+
+
+def test_plugins_are_disabled_before_they_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, ...]] = []
+    monkeypatch.setattr("miles_core.config.layers.discover", lambda *, disable=(): seen.append(tuple(disable)))
+    Path("run.toml").write_text('[plugins]\ndisable = ["a"]\n')
+    open_catalog("run.toml", ['plugins.disable=["b"]'], disable=("c",))
+    assert seen == [("c", "a", "b")]
