@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from miles_core.errors import UserError
 from miles_core.sample import Batch
@@ -104,14 +103,14 @@ class MicroBatch:
 
 
 class _Given(nn.Module):
-    """Stands in for a model's body and returns hidden states that are already there."""
+    """Stands in for a model's body and returns what is already there."""
 
-    def __init__(self, hidden: Tensor) -> None:
+    def __init__(self, output: Any) -> None:
         super().__init__()
-        self.hidden = hidden
+        self._output = output
 
-    def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden)  # type: ignore[arg-type]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._output
 
 
 class Policy(nn.Module):
@@ -119,54 +118,57 @@ class Policy(nn.Module):
 
     packed: samples run end to end in one row and share their prompts, which needs plain causal attention through
     transformers' attention interface; otherwise they run as rows padded at the end, which any causal model can do.
+    Which of them gives the right numbers is found out by trying. Raises `UserError` if neither does.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.packed = True
         native = model.config._attn_implementation
-        reason = self._refusal(native)
-        if reason is not None:
-            _logger.warning("%s runs padded, not packed: %s", type(model).__name__, reason)
-            self.packed = False
-            model.set_attn_implementation(native)
+        self.packed = True
+        refusal = self._try(native)
+        if refusal is None:
+            return
+        self.packed = False
+        worse = self._try(native)
+        if worse is not None:
+            raise UserError(f"trainer torch cannot train {type(model).__name__}: {worse}.")
+        _logger.warning("%s runs padded, not packed: %s", type(model).__name__, refusal)
 
     def forward(
         self, micro: MicroBatch, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities of the trained tokens and, if asked for, entropies, float32 [T]."""
-        hidden = self._packed(micro) if self.packed else self._padded(micro)
+        hidden, kind = self._packed(micro) if self.packed else self._padded(micro)
         hidden = hidden[micro.sources]
+        head = partial(self._head, kind, temperature, entropy)
         rows = max(1, LOGITS_LIMIT // self.model.config.get_text_config().vocab_size)
         if len(hidden) <= rows:
-            return self._head(hidden, micro.targets, temperature, entropy)
+            return head(hidden, micro.targets)
         parts = [
-            checkpoint(self._head, part, targets, temperature, entropy, use_reentrant=False)
+            checkpoint(head, part, targets, use_reentrant=False)
             for part, targets in zip(torch.split(hidden, rows), torch.split(micro.targets, rows), strict=True)
         ]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]) if entropy else None
 
-    def _packed(self, micro: MicroBatch) -> Tensor:
-        """Hidden states of the packed row, [N, D]."""
-        body = self.model.base_model
-        output = body(input_ids=micro.tokens, position_ids=micro.positions, use_cache=False, packed_layout=micro.layout)
-        hidden: Tensor = output.last_hidden_state[0]
-        return hidden
+    def _packed(self, micro: MicroBatch) -> tuple[Tensor, type]:
+        """Hidden states of the packed row, [N, D], and the type of the body's output."""
+        output = self.model.base_model(
+            input_ids=micro.tokens, position_ids=micro.positions, use_cache=False, packed_layout=micro.layout
+        )
+        return output.last_hidden_state[0], type(output)
 
-    def _padded(self, micro: MicroBatch) -> Tensor:
-        """The same from rows padded at the end; as attention is causal, the padding needs no mask."""
-        outputs = []
-        for block in micro.layout.blocks:
-            tokens = micro.tokens[0, block.queries]
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            output = self.model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
-            outputs.append(output.last_hidden_state.flatten(0, 1))
-        return torch.cat(outputs)[micro.layout.scatter]
+    def _padded(self, micro: MicroBatch) -> tuple[Tensor, type]:
+        """The same from rows padded at the end; as the model is causal, the padding needs no mask."""
+        outputs = [self.model.base_model(input_ids=micro.tokens[0, block.queries]) for block in micro.layout.blocks]
+        hidden = torch.cat([output.last_hidden_state.flatten(0, 1) for output in outputs])
+        return hidden[micro.layout.scatter], type(outputs[0])
 
-    def _head(self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    def _head(
+        self, kind: type, temperature: float, entropy: bool, hidden: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """From hidden states [T, D]. The model's own forward makes the logits, so soft caps and scales stay right."""
-        with self._body(_Given(hidden[None])):
+        with self._body(_Given(kind(last_hidden_state=hidden[None]))):
             logits = self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
         return token_logprobs(logits, targets, temperature=temperature, entropy=entropy)
 
@@ -180,28 +182,32 @@ class Policy(nn.Module):
         finally:
             self.model._modules[name] = body
 
-    def _refusal(self, native: str) -> str | None:
-        """Why the model cannot run packed, found by trying: two short samples of one prompt, packed and alone."""
-        kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
-        if kinds:
-            return f"it has layers of {', '.join(sorted(kinds))}"
-        batch = _probe(self.model.config.get_text_config().vocab_size)
-        micro = MicroBatch.build(plan(batch, range(len(batch)), budget=2**20)[0][0], torch.device("cpu"))
+    def _try(self, native: str) -> str | None:
+        """Why the model cannot run like this. Two short samples with one prompt run together and alone."""
+        config = self.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        if self.packed and kinds:  # a window would not show in short samples
+            return f"it has layers of the kind {', '.join(sorted(kinds))}"
+        batch = _probe(config.vocab_size)
+        planned = plan(batch, range(len(batch)), budget=2**20, share=self.packed)
+        micro = MicroBatch.build(planned[0][0], torch.device("cpu"))
         with torch.no_grad():
-            alone = [self._alone(batch, sample) for sample in range(len(batch))]
+            self.model.set_attn_implementation(native)
+            alone = torch.cat([self._alone(batch, sample) for sample in range(len(batch))])
+            self.model.set_attn_implementation(attention_packed.NAME if self.packed else native)
             try:
-                self.model.set_attn_implementation(attention_packed.NAME)
-                packed = self(micro)[0]
-            except Exception as error:
+                together = self(micro)[0]
+            except Exception as error:  # whatever the model's own code raises
                 return f"{type(error).__name__}: {error}"
-        if torch.allclose(packed, torch.cat(alone), rtol=1e-3, atol=1e-3):
+        if torch.allclose(together, alone, rtol=1e-3, atol=1e-3):
             return None
         return "its log-probabilities differ from those of each sample alone"
 
     def _alone(self, batch: Batch, sample: int) -> Tensor:
-        tokens = torch.from_numpy(batch["tokens"][batch.cu_seqlens[sample] : batch.cu_seqlens[sample + 1]]).long()
-        mask = torch.from_numpy(batch["mask"][batch.cu_seqlens[sample] : batch.cu_seqlens[sample + 1]])
-        logprobs = self.model(input_ids=tokens[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+        place = slice(batch.cu_seqlens[sample], batch.cu_seqlens[sample + 1])
+        tokens = torch.from_numpy(batch["tokens"][place]).long()
+        mask = torch.from_numpy(batch["mask"][place])
+        logprobs = self.model(input_ids=tokens[None]).logits[0, :-1].log_softmax(-1)
         chosen: Tensor = logprobs.gather(1, tokens[1:, None])[mask[1:], 0]
         return chosen
 
