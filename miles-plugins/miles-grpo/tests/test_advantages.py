@@ -120,11 +120,12 @@ def test_discounted_is_the_backward_recursion(values):
     np.testing.assert_allclose(discounted(columns[:, 0], columns[:, 1]), expected[::-1], atol=1e-9)
 
 
-def whiten(values, variance, eps):
+def whiten(values, variance, eps, added_to="variance"):
     if len(values) < 2:
         return [0.0] * len(values)
     spread = statistics.variance(values) if variance == "sample" else statistics.pvariance(values)
-    return [(value - statistics.fmean(values)) / math.sqrt(spread + eps) for value in values]
+    scale = math.sqrt(spread + eps) if added_to == "variance" else math.sqrt(spread) + eps
+    return [(value - statistics.fmean(values)) / scale for value in values]
 
 
 def kl_of(difference, estimator):
@@ -139,13 +140,16 @@ def kl_of(difference, estimator):
     variance=st.sampled_from(["sample", "population"]),
     estimator=st.sampled_from(["k1", "k2", "k3"]),
     kl_coef=st.sampled_from([0.0, 0.1]),
+    added_to=st.sampled_from(["variance", "deviation"]),
     baseline=st.booleans(),
 )
-def test_reinforce_plus_plus(rows, gamma, variance, estimator, kl_coef, baseline):
+def test_reinforce_plus_plus(rows, gamma, variance, estimator, kl_coef, added_to, baseline):
     inputs = packed(rows)
     generator = np.random.default_rng(0)
     columns = {name: -generator.random(len(inputs.mask)) for name in ("old_logprobs", "ref_logprobs")}
-    options = ReinforcePlusPlus(gamma=gamma, variance=variance, kl_coef=kl_coef, kl_estimator=estimator)
+    options = ReinforcePlusPlus(
+        gamma=gamma, variance=variance, eps=1e-4, eps_added_to=added_to, kl_coef=kl_coef, kl_estimator=estimator
+    )
     function = reinforce_plus_plus_baseline if baseline else reinforce_plus_plus
     got = function(replace(inputs, columns=columns), options)["advantages"]
     returns, token = [], 0
@@ -161,7 +165,7 @@ def test_reinforce_plus_plus(rows, gamma, variance, estimator, kl_coef, baseline
             per_token[-1] += reward
         returns += [sum(gamma**k * r for k, r in enumerate(per_token[t:])) for t in range(len(per_token))]
     assert not got[~inputs.mask].any()
-    np.testing.assert_allclose(got[inputs.mask], whiten(returns, variance, 1e-8), atol=1e-8, rtol=1e-8)
+    np.testing.assert_allclose(got[inputs.mask], whiten(returns, variance, 1e-4, added_to), atol=1e-8, rtol=1e-8)
 
 
 parts = st.one_of(rewards, st.just(math.nan))

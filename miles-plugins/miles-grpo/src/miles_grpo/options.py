@@ -47,14 +47,16 @@ class GRPOAdvantage:
 
 @dataclass(frozen=True, kw_only=True)
 class WhitenOptions:
-    """Whitening over all trained tokens of the batch: (A - mean) / sqrt(variance + eps).
+    """Whitening over all trained tokens of the batch.
 
-    variance: divisor n - 1 ("sample": verl) or n ("population": OpenRLHF, AReaL). eps: 1e-8 in verl; OpenRLHF takes
-    the larger of the variance and 1e-8.
+    variance: divisor n - 1 ("sample": verl, TRL) or n ("population": OpenRLHF, AReaL). eps: added to the "variance"
+    (verl: 1e-8) or to the standard "deviation" (AReaL: 1e-5, TRL: 1e-4); OpenRLHF takes the larger of the variance and
+    1e-8.
     """
 
     variance: Literal["sample", "population"] = "sample"
     eps: float = 1e-8
+    eps_added_to: Literal["variance", "deviation"] = "variance"
 
     def __post_init__(self) -> None:
         _positive(eps=self.eps)

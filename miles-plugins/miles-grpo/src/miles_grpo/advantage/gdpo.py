@@ -2,8 +2,8 @@
 
     A_i = whiten(sum_k w_k (r_ik - mean_k) / (std_k + eps_std)),   w_k the weight of reward k in the run file
 
-Liu et al., GDPO, arXiv 2601.05242. verl whitens over tokens; TRL ("normalize_then_sum") over samples, with
-(A - mean) / (std + 1e-4). A reward that a sample does not have counts 0 for it and is left out of the group's mean.
+Liu et al., GDPO, arXiv 2601.05242. verl whitens over tokens, TRL ("normalize_then_sum") over samples. A reward that a
+sample does not have counts 0 for it and is left out of the group's mean.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def gdpo(inputs: AdvantageInputs, options: GDPO) -> Mapping[str, Floats]:
     for name, scores in inputs.reward_parts.items():
         total += inputs.reward_weights.get(name, 1.0) * _part(scores, inputs.groups, options)
     if options.whiten == "samples":
-        total = whitened(total, np.ones(len(total), np.bool_), options.variance, options.eps)
+        total = whitened(total, np.ones(len(total), np.bool_), options)
     advantages = spread(total, inputs)
     if options.whiten == "tokens":
-        advantages = whitened(advantages, inputs.mask, options.variance, options.eps)
+        advantages = whitened(advantages, inputs.mask, options)
     return {"advantages": advantages}
 
 

@@ -36,4 +36,4 @@ def _whitened_returns(inputs: AdvantageInputs, rewards: Floats, options: Reinfor
     per_token, last = trained_rewards(inputs, rewards, options.kl_coef, options.kl_estimator)
     returns = np.zeros(len(inputs.mask))
     returns[inputs.mask] = discounted(per_token, np.where(last, 0.0, options.gamma))
-    return whitened(returns, inputs.mask, options.variance, options.eps)
+    return whitened(returns, inputs.mask, options)

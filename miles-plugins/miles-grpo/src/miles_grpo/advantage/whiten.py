@@ -1,6 +1,6 @@
 """Whitening: mean 0 and variance 1 over all trained tokens of the batch, so over all data-parallel ranks.
 
-(A_t - mean) / sqrt(variance + eps)
+(A_t - mean) / sqrt(variance + eps)   or   (A_t - mean) / (sqrt(variance) + eps)
 """
 
 from __future__ import annotations
@@ -8,14 +8,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from miles_grpo.advantage.groups import Divisor, Floats
+from miles_grpo.advantage.groups import Floats
+from miles_grpo.options import WhitenOptions
 
 
-def whitened(values: Floats, mask: NDArray[np.bool_], divisor: Divisor, eps: float) -> Floats:
+def whitened(values: Floats, mask: NDArray[np.bool_], options: WhitenOptions) -> Floats:
     """[N], 0 where masked. One trained token, or none, has nothing to be compared with and gets 0."""
     trained = values[mask]
     result = np.zeros(len(values))
     if len(trained) > 1:
-        variance = trained.var(ddof=1 if divisor == "sample" else 0)
-        result[mask] = (trained - trained.mean()) / np.sqrt(variance + eps)
+        variance = trained.var(ddof=1 if options.variance == "sample" else 0)
+        in_variance = options.eps_added_to == "variance"
+        scale = np.sqrt(variance + options.eps) if in_variance else np.sqrt(variance) + options.eps
+        result[mask] = (trained - trained.mean()) / scale
     return result
