@@ -321,6 +321,21 @@ def test_a_flag_is_blamed_for_what_it_says() -> None:
     assert str(caught.value) == "flag rate=-1: part.rate must be positive, got -1.0"
 
 
+def test_a_flag_is_blamed_before_the_line_that_it_conflicts_with() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Range:
+        low: int = 0
+        high: int = 1
+
+        def __post_init__(self) -> None:
+            if self.low > self.high:
+                raise ValueError(f"low ({self.low}) must not exceed high ({self.high})")
+
+    with pytest.raises(UserError) as caught:
+        build(Range, laid("low = 3\nhigh = 4\n", "high=2"), ("part",))
+    assert str(caught.value) == "flag high=2: part.low (3) must not exceed high (2)"
+
+
 def test_a_missing_option_is_refused_with_what_it_must_be() -> None:
     with pytest.raises(UserError) as caught:
         build(Outer, read("count = 1"), ("part",))

@@ -35,6 +35,7 @@ from miles_core import (
     TrainerSpec,
     WeightSyncSpec,
 )
+from miles_core.cli.plan import _draw as draw_plan
 from miles_core.cli.plan import plan as plan_command_of_miles
 from miles_core.cli.recipes import recipes as recipes_command
 from miles_core.config.estimate import estimate, readable
@@ -380,7 +381,7 @@ def test_a_plan_goes_to_other_processes() -> None:
         ("reward.name=comparer", "reward.0: unknown reward 'comparer'. Did you mean 'compare'?"),
         ("trackers.0.x=1", "trackers.0 must be a table with the name of a tracker; known: log-book"),
         ("stages=5", "stages must be tables that begin with [[stages]], at least one"),
-        ("engine=5", "engine must be a table with the name of a engine; known: gpu-only, quick"),
+        ("engine=5", "engine must be a table with the name of an engine; known: gpu-only, quick"),
     ],
 )
 def test_a_wrong_flag_is_refused_by_its_own_name(flag: str, message: str) -> None:
@@ -670,7 +671,8 @@ def test_a_line_of_a_run_file_that_its_recipe_hides_is_refused(recipes: Catalog)
     [
         ("basik", "unknown recipe 'basik'. Did you mean 'basic'?"),
         ("absent.toml", "there is no run file absent.toml"),
-        (".", ". is a folder, not a run file"),
+        ("./", ". is a folder, not a run file"),
+        ("plain-file", "unknown recipe 'plain-file'. Known: "),
         ("circle-a", "recipe 'circle-a' builds on itself: circle-a -> circle-b -> circle-a"),
         ("broken", "recipe broken, line 1: this is not valid TOML"),
         ("absent", "recipe 'absent' of plugin fake-recipes cannot be read"),
@@ -682,6 +684,15 @@ def test_a_target_that_is_no_run_is_refused(recipes: Catalog, target: str, messa
     with pytest.raises(UserError) as caught:
         make_plan(target, [], recipes)
     assert str(caught.value).startswith(message)
+
+
+def test_a_recipe_is_not_hidden_by_what_lies_around(recipes: Catalog) -> None:
+    Path("basic").mkdir()
+    assert make_plan("basic", [], recipes).name == "basic"
+    Path("seven").write_text(RUN)
+    with pytest.raises(UserError, match=r"To run the file of that name, say \./seven"):
+        make_plan("seven", [], recipes)
+    assert make_plan("./seven", [], recipes).name == "seven"
 
 
 def test_an_unknown_recipe_of_a_run_file_is_refused_with_its_line(recipes: Catalog) -> None:
@@ -867,6 +878,19 @@ def test_the_plan_is_printed_with_origins_and_processes(monkeypatch: pytest.Monk
     assert ["cluster.address", "unset", "default"] in lines
     assert ["driver", "1", "1", "CPU", "no", "model"] in lines
     assert output.splitlines()[0] == f"Run staged: 15 steps, in {Path.cwd() / 'runs' / 'staged'}"
+
+
+def test_a_terminal_shows_the_plan_as_a_tree(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    plan = plan_of(STAGED)
+    draw_plan(plan, estimate(plan, catalog()))
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    start = lines.index("stages")
+    assert [lines[start + 1], lines[start + 3]] == ["  warm-up", "    schedule"]
+    assert lines[start + 4].split() == ["steps", "10", "run.toml:26"]
+    assert lines.count("  rl") == 1
 
 
 def test_the_plan_as_json_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from miles_core.config.source import Key, Node, dotted, shown
+from miles_core.config.source import Key, Node, blame, dotted, shown
 from miles_core.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -40,17 +40,13 @@ def build(cls: type[T], table: Node, at: Key) -> T:
     try:
         return cls(**values)
     except ValueError as error:
-        raise UserError(f"{_blame(table, str(error))}: {_named(at, fields, str(error))}") from error
+        given = {key: node.origin for key, node in table.value.items()}
+        where = blame(str(error), given) or table.origin
+        raise UserError(f"{where}: {_named(at, fields, str(error))}") from error
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _blame(table: Node, message: str) -> str:
-    """The origin of the first given key that a dataclass's own message names, or else the table's."""
-    words = re.findall(r"\w+", message)
-    return next((table.value[word].origin for word in words if word in table.value), table.origin)
 
 
 def _named(at: Key, fields: Iterable[str], message: str) -> str:

@@ -41,7 +41,7 @@ def build_component(kind: type[Spec], table: Node, at: Key, catalog: Catalog, se
     table = as_table(table)
     if not isinstance(table.value, dict) or "name" not in table.value:
         raise UserError(
-            f"{table.origin}: {dotted(at)} must be a table with the name of a {kind.kind}; {_known(kind, catalog)}"
+            f"{table.origin}: {dotted(at)} must be a table with the name of {_a(kind)}; {_known(kind, catalog)}"
         )
     name = convert(str, table.value["name"], (*at, "name"))
     try:
@@ -52,6 +52,10 @@ def build_component(kind: type[Spec], table: Node, at: Key, catalog: Catalog, se
     component = Component(spec=entry.spec, plugin=entry.plugin.name, options=build_options(entry.spec, options, at))
     built = build(section, own, at)
     return Built(component=component, section=built, node=completed(_values(built, component), table))
+
+
+def _a(kind: type[Spec]) -> str:
+    return f"an {kind.kind}" if kind.kind[0] in "aeiou" else f"a {kind.kind}"
 
 
 def _known(kind: type[Spec], catalog: Catalog) -> str:
@@ -132,8 +136,8 @@ class SectionReader:
         built = self.optional(key, kind, section)
         if built is None:
             raise UserError(
-                f"{self.table.origin}: there is no {dotted((*self.at, key))}; add [{key}] with the name of a "
-                f"{kind.kind}; {_known(kind, self.catalog)}"
+                f"{self.table.origin}: there is no {dotted((*self.at, key))}; add [{key}] with the name of "
+                f"{_a(kind)}; {_known(kind, self.catalog)}"
             )
         return built
 

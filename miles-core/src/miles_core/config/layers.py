@@ -29,7 +29,7 @@ def read_run(target: str, flags: Sequence[str], catalog: Catalog) -> RunSource:
     if _is_file(target):
         layers, name = _with_recipe(read_run_file(Path(target)), catalog), Path(target).stem
     else:
-        entry = catalog.get(RecipeSpec, target)
+        entry = _recipe(target, catalog)
         layers, name = _recipe_layers(entry, catalog, ()), entry.spec.name
     amendments = [*layers[1:], read_flags(flags)]
     doc = layers[0]
@@ -57,7 +57,16 @@ def _disabled(layer: Node) -> list[str]:
 
 
 def _is_file(target: str) -> bool:
-    return target.endswith(".toml") or Path(target).exists()
+    """A recipe is not hidden by a file or a folder that happens to have its name."""
+    return target.endswith(".toml") or "/" in target
+
+
+def _recipe(name: str, catalog: Catalog) -> Entry[RecipeSpec]:
+    try:
+        return catalog.get(RecipeSpec, name)
+    except UserError as error:
+        hint = f"\nTo run the file of that name, say ./{name}" if Path(name).is_file() else ""
+        raise UserError(f"{error}{hint}") from None
 
 
 def read_run_file(path: Path) -> Node:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from miles_core.config.schema import ModelSection
+from miles_core.config.source import blame
 from miles_core.errors import UserError
 from miles_core.plugins import Catalog, Entry, resolve
 from miles_core.roles import ModelFamily
@@ -69,10 +70,11 @@ def _fresh_config(model: ModelSection, name: str, origins: Mapping[str, str], ca
 
 
 def _blame(message: str, origins: Mapping[str, str]) -> str:
-    """The origin of the first given value of [model] that a message names, or else of the family."""
-    words = re.findall(r"\w+", message)
-    names = [f"{table}.{word}" for table in ("model.config", "model") for word in words]
-    return next((origins[name] for name in names if origins.get(name, "default") != "default"), origins["model.family"])
+    """The origin of the value of [model] that a message names, its config before the rest, or else of the family."""
+    given = {name: origin for name, origin in origins.items() if origin != "default"}
+    config = {name.removeprefix("model.config."): origin for name, origin in given.items() if "model.config." in name}
+    own = {name.removeprefix("model."): origin for name, origin in given.items() if name.startswith("model.")}
+    return blame(message, config) or blame(message, own) or origins["model.family"]
 
 
 def _folder_config(folder: Path, where: str) -> dict[str, Any]:

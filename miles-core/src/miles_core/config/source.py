@@ -329,6 +329,12 @@ def item_name(item: Node) -> str | None:
     return item.value if isinstance(item.value, str) else None
 
 
+def blame(message: str, origins: Mapping[str, str]) -> str | None:
+    """The origin of a value that a message names: a flag if there is one, else the first; None if it names none."""
+    named = [origins[word] for word in re.findall(r"\w+", message) if word in origins]
+    return next((origin for origin in named if origin.startswith("flag ")), named[0] if named else None)
+
+
 def toml_text(values: Mapping[str, Any]) -> str:
     """A mapping as TOML; None, which TOML has no word for, is left out."""
     import tomli_w
