@@ -40,10 +40,14 @@ class Encoder:
         for a prompt without tokens.
         """
         if isinstance(question, str) and not self.chat and self.system is None:
-            text, tokens = question, self.tokenizer.encode(question)
+            text, special = question, True
         else:
             text = self._rendered(self._messages(question))
-            tokens = self.tokenizer.encode(text, add_special_tokens=False)
+            special = False  # the template has written them
+        try:
+            tokens = self.tokenizer.encode(text, add_special_tokens=special)
+        except (TypeError, UnicodeError) as error:  # what JSON's "\ud800" becomes
+            raise ValueError("the text holds half a surrogate pair, which is no character") from error
         if not tokens:
             raise ValueError("the prompt is empty")
         return np.array(tokens, np.int32), text
