@@ -1,7 +1,7 @@
-"""The rollout `single-turn` and the filter `nonzero-std`."""
+"""The rollout `single-turn` and the filters."""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +9,10 @@ import pytest
 
 from miles_core.errors import UserError
 from miles_core.roles import Tokenizer
-from miles_core.run.filters import NonzeroStd
+from miles_core.run.filter_options import RewardRangeOptions
+from miles_core.run.filters import NoAborted, NonzeroStd, RewardRange
 from miles_core.run.rollouts import SingleTurn
-from miles_core.sample import Completion, Prompt, Sample, Sampling
+from miles_core.sample import Completion, Prompt, Sample, Sampling, Status
 
 
 class Letters:
@@ -106,3 +107,22 @@ def scored(*rewards: float | None) -> list[Sample]:
 )
 def test_nonzero_std_keeps_groups_whose_scored_samples_differ(rewards: tuple[float | None, ...], kept: bool) -> None:
     assert NonzeroStd().keep(scored(*rewards)) is kept
+
+
+@pytest.mark.parametrize(("statuses", "kept"), [(("completed", "truncated"), True), (("completed", "aborted"), False)])
+def test_no_aborted_keeps_groups_that_were_generated_to_the_end(statuses: tuple[Status, ...], kept: bool) -> None:
+    group = [replace(sample, status=status) for sample, status in zip(scored(1.0, 1.0), statuses, strict=True)]
+    assert NoAborted().keep(group) is kept
+
+
+@pytest.mark.parametrize(
+    ("rewards", "kept"),
+    [((0.0, 1.0), True), ((0.2, 0.2), False), ((0.8, 0.8), False), ((None, 0.5), True), ((None, None), False)],
+)
+def test_reward_range_keeps_groups_between_its_bounds(rewards: tuple[float | None, ...], kept: bool) -> None:
+    assert RewardRange(RewardRangeOptions(low=0.2, high=0.8)).keep(scored(*rewards)) is kept
+
+
+def test_a_reward_range_without_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="low must be below high"):
+        RewardRangeOptions(low=1.0)

@@ -26,6 +26,17 @@ def miles_filters() -> Iterable[FilterSpec]:
         ref="miles_core.run.filters:NonzeroStd",
         summary="Drops prompts whose samples all have the same reward: they give no gradient",
     )
+    yield FilterSpec(
+        name="no-aborted",
+        ref="miles_core.run.filters:NoAborted",
+        summary="Drops prompts of which a sample was aborted",
+    )
+    yield FilterSpec(
+        name="reward-range",
+        ref="miles_core.run.filters:RewardRange",
+        options="miles_core.run.filter_options:RewardRangeOptions",
+        summary="Drops prompts that are too hard or too easy: whose mean reward lies outside of two bounds",
+    )
 
 
 @hookimpl
