@@ -59,6 +59,7 @@ def settings(workload: dict[str, Any], steps: int, folder: Path) -> dict[str, An
         "logging_steps": steps,
         "disable_tqdm": True,
         "report_to": [],
+        "model_init_kwargs": {"dtype": "float32"},
     }
 
 
@@ -75,14 +76,16 @@ def main() -> None:
 
     def reward(completion_ids: list[list[int]], completions: list[str], answer: list[str], **_: Any) -> list[float]:
         assert {len(ids) for ids in completion_ids} == {workload["new_tokens"]}
-        return [float(text.strip() == right) for text, right in zip(completions, answer, strict=True)]
+        last = [float(text.split()[-1]) for text in completions]
+        right = [float(text) for text in answer]
+        return [float(abs(a - b) <= workload["tolerance"] * b) for a, b in zip(last, right, strict=True)]
 
     config = settings(workload, arguments.steps, folder)
     clock = StepClock()
     trainer = GRPOTrainer(
         model=str(folder / "model"),
         reward_funcs=reward,
-        args=GRPOConfig(**config, model_init_kwargs={"dtype": "float32"}),
+        args=GRPOConfig(**config),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
         callbacks=[clock],
