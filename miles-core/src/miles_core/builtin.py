@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from miles_core.hooks import hookimpl
-from miles_core.specs import DataSourceSpec, FilterSpec, RolloutSpec
+from miles_core.specs import DataSourceSpec, FilterSpec, RolloutSpec, TrackerSpec
 
 
 @hookimpl
@@ -48,4 +48,14 @@ def miles_data_sources() -> Iterable[DataSourceSpec]:
         options="miles_core.run.data_options:JsonlOptions",
         summary="Prompts from a file of JSON lines",
         answers=True,
+    )
+
+
+@hookimpl
+def miles_trackers() -> Iterable[TrackerSpec]:
+    """Metrics in the run folder."""
+    yield TrackerSpec(
+        name="json-lines",
+        ref="miles_core.run.trackers:JsonLines",
+        summary="Metrics as JSON lines in the run folder; every run has them",
     )
