@@ -40,9 +40,10 @@ def tiny_model(folder: Path, **changes: Any) -> Path:
         "pad_token_id": 0,
     }
     Qwen3Config(**{**values, **changes}).save_pretrained(folder)
-    words = Tokenizer(WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="0"))
+    names = {"<end>": 0, **{str(token): token for token in range(1, VOCABULARY)}}
+    words = Tokenizer(WordLevel(names, unk_token="<end>"))
     words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0", pad_token="0").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
     return folder
 
 

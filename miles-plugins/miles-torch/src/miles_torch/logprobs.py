@@ -23,7 +23,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
         scaled = logits if temperature == 1.0 else logits / temperature
         logprobs = torch.log_softmax(scaled, dim=-1, dtype=torch.float32)
-        picked = logprobs.gather(1, targets[:, None])[:, 0]
+        picked = logprobs[torch.arange(len(targets), device=targets.device), targets]
         spread = -(logprobs.exp() * logprobs).sum(-1) if entropy else logprobs.new_empty(0)
         ctx.save_for_backward(logprobs, targets, spread)
         ctx.temperature, ctx.entropy, ctx.dtype = temperature, entropy, logits.dtype

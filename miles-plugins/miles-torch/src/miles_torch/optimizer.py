@@ -29,13 +29,12 @@ def build(model: nn.Module, options: OptimizerOptions) -> torch.optim.AdamW:
 def learning_rate(options: OptimizerOptions, step: int, steps: int) -> float:
     """Of optimizer step `step` (from 0) of a stage's `steps`.
 
-    It rises linearly over the warm-up, reaching the peak with its last step, then falls by the schedule so that the
-    stage's last step has the lowest rate.
+    It rises linearly over the warm-up; the step after it has the peak, and from there it falls by the schedule, to the
+    lowest rate after the stage's last step.
     """
     if step < options.warmup_steps:
-        return options.learning_rate * (step + 1) / options.warmup_steps
-    left = max(1, steps - options.warmup_steps)
-    done = min(1.0, (step + 1 - options.warmup_steps) / left)
+        return options.learning_rate * (step + 1) / (options.warmup_steps + 1)
+    done = min(1.0, (step - options.warmup_steps) / max(1, steps - options.warmup_steps))
     if options.schedule == "constant":
         factor = 1.0
     elif options.schedule == "linear":

@@ -150,10 +150,10 @@ class TorchTrainer:
         count = passes * len(minibatches)
         if count > 1 and "old_logprobs" in self._stage.needs and "old_logprobs" not in batch:
             raise ValueError(f"{count} optimizer steps on a batch need its column old_logprobs")
-        reports = [
-            self._optimizer_step(batch, minibatches[number % len(minibatches)], step, first=number == 0)
-            for number in range(count)
-        ]
+        reports: list[dict[str, float]] = []
+        for number in range(count):
+            first = not any(report["tokens"] for report in reports)
+            reports.append(self._optimizer_step(batch, minibatches[number % len(minibatches)], step, first=first))
         return _summary(reports, passes)
 
     def _optimizer_step(self, batch: Batch, samples: Sequence[int], step: int, *, first: bool) -> dict[str, float]:
