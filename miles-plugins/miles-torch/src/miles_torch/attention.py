@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ NAME = "miles_cached"
 
 _BLOCK = 128
 """The buffers' length is a multiple of it."""
+
+_STRIDE = 16
+"""Attention spans a multiple of it. The fused kernel's sums then come out the same, however far other rows reach."""
 
 
 class KVCache:
@@ -46,7 +50,7 @@ class KVCache:
         """Makes room for at least `rows` sequences of `length` tokens; what is there stays."""
         if rows <= self.rows and length <= self.length:
             return
-        self.rows, self.length = max(rows, self.rows), max(-(-length // _BLOCK) * _BLOCK, self.length)
+        self.rows, self.length = max(rows, self.rows), max(_rounded(length, _BLOCK), self.length)
         for index, buffers in self.layers.items():
             self.layers[index] = (self._grown(buffers[0]), self._grown(buffers[1]))
 
@@ -92,7 +96,7 @@ class Prefill:
 class Decode:
     """One new token for each of the first B rows.
 
-    positions: int64 [B], each token's place; length: places that any row uses, the new one included.
+    positions: int64 [B], each token's place; length: places that attention spans, at least all that any row uses.
     flat: int64 [B], the places in a buffer seen as [R * N, ...].
     """
 
@@ -103,6 +107,7 @@ class Decode:
     _masks: dict[int | None, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.length = _rounded(self.length, _STRIDE)
         count = len(self.positions)
         self.flat = self.positions + torch.arange(count, device=self.positions.device) * self.cache.length
 
@@ -116,6 +121,10 @@ class Decode:
             mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
             self._masks[window] = mask[:, None, None]
         return self._masks[window]
+
+
+def _rounded(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
 
 
 _step: ContextVar[Prefill | Decode] = ContextVar("miles_torch_attention_step")
@@ -132,14 +141,14 @@ def attending(step: Prefill | Decode) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Terms:
+class Terms:
     """What a model adds to plain attention: scale; window of sliding attention; cap of the scores; attention sinks,
     one score for each query head, as [Hq]."""
 
     scale: float
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     @property
     def plain(self) -> bool:
@@ -173,32 +182,41 @@ def cached_attention(
             f"{type(module).__name__} attends with {', '.join(unknown) or 'a mask of its own'}, "
             "which the engine 'torch' does not know"
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    terms = _Terms(scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
-    step = _step.get()
-    index: int = module.layer_idx  # type: ignore[assignment]
-    if isinstance(step, Prefill):
-        return _prefill(step, index, query, key, value, terms), None
-    return _decode(step, index, query, key, value, terms), None
+    terms = Terms(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    new = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
+    out = attend(_step.get(), module.layer_idx, new[0], new[1], new[2], terms)  # type: ignore[arg-type]
+    return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None
 
 
 AttentionInterface.register(NAME, cached_attention)
 
 
-def _prefill(step: Prefill, index: int, query: Tensor, key: Tensor, value: Tensor, terms: _Terms) -> Tensor:
-    """query [1, Hq, T, D] -> [1, T, Hq, Dv]; each sequence by itself, so nothing is padded or masked away."""
-    keys, values = step.cache.layer(index, key.transpose(1, 2), value.transpose(1, 2))
+def attend(step: Prefill | Decode, index: int, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
+    """Writes the new tokens' keys and values of layer `index` into the cache and attends.
+
+    query [T, Hq, D], key [T, Hk, D], value [T, Hk, Dv] of the step's tokens (T = B when decoding) -> [T, Hq, Dv].
+    """
+    buffers = step.cache.layer(index, key, value)
+    if isinstance(step, Prefill):
+        return _prefill(step, buffers, query, key, value, terms)
+    return _decode(step, buffers, query, key, value, terms)
+
+
+_Buffers = tuple[Tensor, Tensor]
+
+
+def _prefill(step: Prefill, buffers: _Buffers, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
+    """Each sequence by itself, so nothing is padded or masked away."""
     parts = []
-    for row, start, end in zip(step.rows, step.bounds, step.bounds[1:], strict=False):
-        span = slice(start, end)
-        keys[row, : end - start] = key[0, :, span].transpose(0, 1)
-        values[row, : end - start] = value[0, :, span].transpose(0, 1)
-        new = query[:, :, span], key[:, :, span], value[:, :, span]
-        parts.append(_causal(*new, terms).transpose(1, 2))
-    return torch.cat(parts, dim=1)
+    for row, (start, end) in zip(step.rows, pairwise(step.bounds), strict=True):
+        for buffer, new in zip(buffers, (key, value), strict=True):
+            buffer[row, : end - start] = new[start:end]
+        one, keys, values = (new[start:end].transpose(0, 1).unsqueeze(0) for new in (query, key, value))
+        parts.append(_causal(one, keys, values, terms).squeeze(0).transpose(0, 1))
+    return torch.cat(parts)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, terms: _Terms) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
     """One sequence of S tokens over itself: query [1, Hq, S, D] -> [1, Hq, S, Dv]."""
     length = query.shape[2]
     windowed = terms.window is not None and terms.window < length
@@ -216,21 +234,17 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, terms: _Terms) -> Tensor:
     )
 
 
-def _decode(step: Decode, index: int, query: Tensor, key: Tensor, value: Tensor, terms: _Terms) -> Tensor:
-    """query [B, Hq, 1, D] -> [B, 1, Hq, Dv]."""
-    keys, values = step.cache.layer(index, key.transpose(1, 2), value.transpose(1, 2))
-    keys.flatten(0, 1).index_copy_(0, step.flat, key.squeeze(2))
-    values.flatten(0, 1).index_copy_(0, step.flat, value.squeeze(2))
-    rows = len(step.positions)
-    seen_keys = keys[:rows, : step.length].transpose(1, 2)
-    seen_values = values[:rows, : step.length].transpose(1, 2)
+def _decode(step: Decode, buffers: _Buffers, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
+    rows, heads = key.shape[:2]
+    for buffer, new in zip(buffers, (key, value), strict=True):
+        buffer.flatten(0, 1).index_copy_(0, step.flat, new)
+    keys, values = (buffer[:rows, : step.length].transpose(1, 2) for buffer in buffers)
     mask = step.mask(terms.window, query.dtype)
     if not terms.plain:
-        return _attend(query, seen_keys, seen_values, mask, terms).transpose(1, 2)
+        return _attend(query.unsqueeze(2), keys, values, mask, terms).squeeze(2)
     # The queries that share a key head stand in the place of a sequence, so keys and values are not repeated.
-    grouped = query.reshape(rows, key.shape[1], -1, query.shape[-1])
-    out = F.scaled_dot_product_attention(grouped, seen_keys, seen_values, attn_mask=mask, scale=terms.scale)
-    return out.reshape(rows, 1, query.shape[1], -1)
+    grouped = query.reshape(rows, heads, -1, query.shape[-1])
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=terms.scale).flatten(1, 2)
 
 
 def _causal_mask(length: int, window: int | None, like: Tensor) -> Tensor:
@@ -241,7 +255,7 @@ def _causal_mask(length: int, window: int | None, like: Tensor) -> Tensor:
     return torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -torch.inf)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, terms: _Terms) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, terms: Terms) -> Tensor:
     """Attention written out, for the terms that no fused kernel has.
 
     query [B, Hq, S, D], key [B, Hk, L, D], value [B, Hk, L, Dv], mask [B or 1, 1, S, L] -> [B, Hq, S, Dv].

@@ -17,7 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from miles_core.errors import UserError, nearest
 from miles_torch import attention
-from miles_torch.attention import Decode, Prefill
+from miles_torch.attention import Decode, KVCache, Prefill
+from miles_torch.fused import FusedDecoder, fits
+
+_PROBE = 16
+"""Tokens in the comparison of the two forwards."""
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -39,6 +43,10 @@ class EngineModel:
         self.module.eval().requires_grad_(requires_grad=False)
         self.device = device
         self.vocabulary = int(self.module.get_input_embeddings().weight.shape[0])
+        self._max_tokens = max_tokens
+        self._fused: FusedDecoder | None = None
+        with torch.inference_mode():
+            self._fuses = device.type == "cpu" and fits(self.module) and self._agrees()
         self._places: dict[str, Tensor] = self.module.state_dict(keep_vars=True)
         first: dict[int, str] = {}
         self._names = {name: first.setdefault(id(tensor), name) for name, tensor in self._places.items()}
@@ -65,6 +73,9 @@ class EngineModel:
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise UserError(f"{len(missing)} tensors of the engine's model were not among the weights: {shown}")
         self._missing = set(self._names.values())
+        if self._fuses:
+            with torch.inference_mode():
+                self._fused = FusedDecoder(self.module, self._max_tokens)
 
     def sleep(self) -> None:
         """Moves the weights out of an accelerator's memory."""
@@ -84,18 +95,43 @@ class EngineModel:
         lengths = [end - start for start, end in pairwise(step.bounds)]
         positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
         last = torch.tensor(step.bounds[1:], device=self.device) - 1
-        with attention.attending(step):
-            return self._logits(tokens.unsqueeze(0), positions.unsqueeze(0), last).squeeze(0)
+        if self._fused is not None:
+            return self._fused(tokens, positions, step, last)
+        return self._logits(tokens.unsqueeze(0), positions.unsqueeze(0), step, last).squeeze(0)
 
     def decode(self, tokens: Tensor, step: Decode) -> Tensor:
         """One more token for each of the first B rows, int64 [B]; logits [B, V] after it."""
-        with attention.attending(step):
-            return self._logits(tokens.unsqueeze(1), step.positions.unsqueeze(1), 0).squeeze(1)
+        if self._fused is not None:
+            return self._fused(tokens, step.positions, step, None)
+        return self._logits(tokens.unsqueeze(1), step.positions.unsqueeze(1), step, 0).squeeze(1)
 
-    def _logits(self, tokens: Tensor, positions: Tensor, keep: Tensor | int) -> Tensor:
-        output = self.module(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=keep)
+    def _logits(self, tokens: Tensor, positions: Tensor, step: Prefill | Decode, keep: Tensor | int) -> Tensor:
+        """By the model's own forward."""
+        with attention.attending(step):
+            output = self.module(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=keep)
         logits: Tensor = output.logits
         return logits
+
+    def _agrees(self) -> bool:
+        """Whether the fused forward gives the model's own numbers, on random weights (real ones come later)."""
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.module.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+        fused, results = FusedDecoder(self.module, _PROBE), []
+        for self._fused in (None, fused):
+            cache = KVCache()
+            cache.reserve(2, _PROBE)
+            tokens = torch.randint(self.vocabulary, (_PROBE,), generator=torch.Generator().manual_seed(1))
+            first = self.prefill(tokens[:-2], Prefill(cache, [0, _PROBE - 6, _PROBE - 2], [0, 1]))
+            places = torch.tensor([_PROBE - 6, 4])
+            results.append(torch.cat((first, self.decode(tokens[-2:], Decode(cache, places, _PROBE - 5)))).float())
+        self._fused = None
+        own, lean = results
+        tolerance = 1e-3 if self.module.dtype == torch.float32 else 5e-2
+        return bool((own - lean).abs().max() <= tolerance * own.abs().max())
 
 
 def _check_length(config: Any, max_tokens: int) -> None:

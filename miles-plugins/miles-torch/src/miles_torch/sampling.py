@@ -90,7 +90,8 @@ def _draw(logprobs: Tensor, table: SamplingTable, draws: Tensor) -> Tensor:
     if table.cut is not None:
         probs[table.cut] = _cut(probs[table.cut], table.top_k, table.top_p)
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-    return torch.searchsorted(cumulative, draws.unsqueeze(1) * cumulative[:, -1:], right=True)
+    tokens = torch.searchsorted(cumulative, draws.unsqueeze(1) * cumulative[:, -1:], right=True)
+    return tokens.clamp_(max=logprobs.shape[-1] - 1)  # past the end only if there are NaNs, which the caller reports
 
 
 def _cut(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

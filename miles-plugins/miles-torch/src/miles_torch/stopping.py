@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from miles_core.roles import Tokenizer
@@ -12,11 +13,7 @@ from miles_core.roles import Tokenizer
 
 @dataclass(frozen=True)
 class StopRule:
-    """Ends a response at any of `token_ids`, or once its text holds one of `strings`.
-
-    window: newest tokens that are decoded to look for the strings: every token of a match adds at least one
-    byte, and a few more keep the characters at the window's edge whole.
-    """
+    """Ends a response at any of `token_ids`, or once its text holds one of `strings`."""
 
     token_ids: frozenset[int]
     strings: tuple[str, ...] = ()
@@ -32,9 +29,10 @@ class StopRule:
         text = self.tokenizer.decode(tokens[-self.window :])
         return any(string in text for string in self.strings)
 
-    @property
+    @cached_property
     def window(self) -> int:
-        """Newest tokens that are decoded."""
+        """Newest tokens that are decoded to look for the strings: every token of a match adds at least one byte, and a
+        few more keep the characters at the window's edge whole."""
         return max(len(string.encode()) for string in self.strings) + 4
 
 
