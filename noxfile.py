@@ -70,8 +70,8 @@ def tests(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["workspace"])
 def package(session: nox.Session) -> None:
     """Build every wheel, and use each with nothing but what it declares: `nox -s package -- miles-grpo` for one."""
+    shutil.rmtree(session.create_tmp())
     wheels = Path(session.create_tmp()) / "wheels"
-    shutil.rmtree(wheels, ignore_errors=True)
     # pip makes a wheel of each distribution and brings one of everything that they depend on; uv then installs from
     # that folder alone, by hard links, so that an environment for each distribution costs seconds.
     folders = [f"./{member}" for member in MEMBERS]
@@ -81,6 +81,7 @@ def package(session: nox.Session) -> None:
         try_wheels(session, wheels, [name])
     if len(names) == len(MEMBERS):
         try_wheels(session, wheels, names)
+    shutil.rmtree(session.create_tmp())  # gigabytes; left for a look only if something fails
 
 
 def try_wheels(session: nox.Session, wheels: Path, names: list[str]) -> None:
@@ -88,8 +89,9 @@ def try_wheels(session: nox.Session, wheels: Path, names: list[str]) -> None:
     environment = Path(session.create_tmp()) / ("all" if len(names) > 1 else names[0])
     run(session, "uv", "venv", "-q", "--clear", environment)
     python = environment / "bin" / "python"
-    offline = ("-q", "--offline", "--no-index", "--find-links", wheels)
-    run(session, "uv", "pip", "install", *offline, "--python", python, *names)
+    # A cache of its own: uv knows a wheel again by its name, and ours keep their names when they change.
+    where = ("--offline", "--no-index", "--find-links", wheels, "--cache-dir", wheels.parent / "cache")
+    run(session, "uv", "pip", "install", "-q", *where, "--python", python, *names)
     # Isolated (-I): neither the working folder nor PYTHONPATH may lend a module that the wheel lacks.
     packages = [name.replace("-", "_") for name in names]
     session.run(python, "-I", ROOT / "tests" / "import_all.py", *packages, external=True)
