@@ -40,3 +40,10 @@ def test_examples_are_valid(page: Path) -> None:
             ast.parse(text)
         elif language == "toml":
             tomllib.loads(text)
+
+
+def test_readme_lists_every_distribution() -> None:
+    folders = {
+        path.parent.name for pattern in ("miles-*", "miles-*/*") for path in ROOT.glob(f"{pattern}/pyproject.toml")
+    }
+    assert folders == set(re.findall(r"\[(miles-[\w-]+)\]\(", (ROOT / "README.md").read_text()))
