@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, St
 from miles_core.errors import RunError
 from miles_core.roles import Bucket, BucketLayout, EngineContext, TrainerContext
 
-_CONNECT_TIMEOUT_S = 120.0
+CONNECT_TIMEOUT_S = 120.0
 """For engines, whose context has no time limit of its own; the trainer's comes from the run."""
 
 
@@ -179,13 +179,13 @@ class TorchReceiver:
         parts = urlsplit(self._address)
         host, port = _host_of(self._address), parts.port
         assert port is not None, f"{self._address} has no port"
-        timeout = timedelta(seconds=_CONNECT_TIMEOUT_S)
+        timeout = timedelta(seconds=CONNECT_TIMEOUT_S)
         try:
             store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
         except dist.DistError as error:
             raise RunError(f"weight sync: the trainer does not answer at {self._address}.") from error
         rank = self._context.index + 1
-        self._channel = _Channel(store, rank, self._engines + 1, _own_host(host, port), _CONNECT_TIMEOUT_S)
+        self._channel = _Channel(store, rank, self._engines + 1, _own_host(host, port), CONNECT_TIMEOUT_S)
         self._channel.join(self._context.gpus)
 
     def receive(self, load: Callable[[Sequence[str], Sequence[Tensor]], None]) -> None:

@@ -1,0 +1,138 @@
+"""The weight sync between real processes over loopback."""
+
+from __future__ import annotations
+
+import math
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from sync_member import LAYOUT, Member, checksum
+
+from miles_core.errors import RunError
+from miles_core.roles import Bucket, TrainerContext
+from miles_torch.sync import TorchReceiver, TorchSender
+
+
+def make_sender(engines: int, timeout_s: float = 20.0) -> TorchSender:
+    context = TrainerContext(
+        model=Path(),
+        rank=0,
+        world_size=1,
+        address="tcp://127.0.0.1:1",
+        gpus=0,
+        threads=1,
+        seed=0,
+        reference=False,
+        timeout_s=timeout_s,
+    )
+    return TorchSender(context, engines)
+
+
+def make_buckets(seed: int) -> list[Bucket]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Bucket(
+            names=part.names,
+            shapes=part.shapes,
+            flat=torch.randn(sum(map(math.prod, part.shapes)), generator=generator).to(getattr(torch, part.dtype)),
+        )
+        for part in LAYOUT
+    ]
+
+
+def checksums(buckets: list[Bucket]) -> dict[str, float]:
+    found = {}
+    for bucket in buckets:
+        parts = torch.split(bucket.flat, [math.prod(shape) for shape in bucket.shapes])
+        found.update(zip(bucket.names, map(checksum, parts), strict=True))
+    return found
+
+
+def connect(sender: TorchSender, members: list[Member]) -> None:
+    address = sender.open()
+    for member in members:
+        member.tell(f"connect {address}")
+    sender.connect()
+    assert [member.answer() for member in members] == [None] * len(members)
+
+
+def transfer(sender: TorchSender, members: list[Member], seed: int) -> None:
+    buckets = make_buckets(seed)
+    for member in members:
+        member.tell("receive")
+    sender.send(iter(buckets))
+    assert [member.answer() for member in members] == [checksums(buckets)] * len(members)
+
+
+def test_all_engines_get_every_byte_and_a_replaced_engine_joins_again():
+    sender = make_sender(2)
+    first, second = Member(0, 2), Member(1, 2)
+    connect(sender, [first, second])
+    transfer(sender, [first, second], 1)
+    transfer(sender, [first, second], 2)
+    assert not dist.is_initialized()
+    second.tell("die")
+    second.end()
+    first.tell("close")
+    assert first.answer() is None
+    sender.close()
+    second = Member(1, 2)
+    connect(sender, [first, second])
+    transfer(sender, [first, second], 3)
+    sender.close()
+    first.end()
+    second.end()
+
+
+def test_engines_that_do_not_connect_are_named():
+    sender = make_sender(3, timeout_s=1.5)
+    address = sender.open()
+    member = Member(1, 3)
+    member.tell(f"connect {address}")
+    import time
+
+    time.sleep(6)  # until the process is up
+    with pytest.raises(
+        RunError, match=r"engine 0, engine 2 did not come to 'connect' within 1\.5 s; the trainer waited"
+    ):
+        sender.connect()
+    assert "engine 0, engine 2 did not come" in member.answer()
+    sender.close()
+    member.end()
+
+
+def test_an_engine_that_dies_before_a_transfer_is_named():
+    sender = make_sender(1, timeout_s=5)
+    member = Member(0, 1)
+    connect(sender, [member])
+    member.tell("die")
+    member.end()
+    with pytest.raises(RunError, match="engine 0 did not come to 'transfer 1'"):
+        sender.send(iter(make_buckets(0)))
+    sender.close()
+
+
+def test_a_trainer_that_does_not_answer_is_named(monkeypatch):
+    from miles_core.roles import EngineContext
+
+    monkeypatch.setattr("miles_torch.sync.CONNECT_TIMEOUT_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    context = EngineContext(
+        model=Path(), index=0, gpus=0, threads=1, dtype="float32", max_tokens=8, seed=0, folder=Path()
+    )
+    with pytest.raises(RunError, match=f"the trainer does not answer at tcp://127.0.0.1:{port}"):
+        TorchReceiver(context, 1, f"tcp://127.0.0.1:{port}", LAYOUT).connect()
+
+
+def test_the_meeting_point_listens_on_the_trainers_address_only():
+    sender = make_sender(1)
+    port = int(sender.open().rsplit(":", 1)[1])
+    with socket.create_connection(("127.0.0.1", port), timeout=2):
+        pass
+    with pytest.raises(OSError):  # noqa: PT011 - refused or unreachable, by platform
+        socket.create_connection(("127.0.0.2", port), timeout=2)
+    sender.close()
