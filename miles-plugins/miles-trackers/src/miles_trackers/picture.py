@@ -247,25 +247,26 @@ def _held_out(panel: Axes, rows: Rows) -> None:
 def _distances(panel: Axes, rows: Rows, smoothing: float) -> None:
     """On a logarithmic scale, for they lie orders of magnitude apart."""
     panel.set_title("Policy against reference and engine")
-    colours, low, high = [], np.inf, 0.0
-    for name, (label, colour) in DISTANCES.items():
-        steps, values = series(rows, name)
-        positive = np.abs(values) > 0
-        if not positive.any():
-            continue
-        steps, values = steps[positive], np.abs(values[positive])
-        panel.plot(steps, values, color=colour, alpha=0.22, linewidth=1.0)
-        panel.plot(steps, np.exp(smoothed(np.log(values), smoothing)), color=colour, label=label)
-        colours.append(colour)
-        low, high = min(low, values.min()), max(high, values.max())
-    if not colours:
+    found = {name: _nonzero(series(rows, name)) for name in DISTANCES}
+    everything = np.concatenate([values for _, values in found.values()])
+    if not len(everything):
         return _nothing(panel)
     panel.set_yscale("log")
-    panel.set_ylim(low / 2, high * 2)
+    panel.set_ylim(everything.min() / 2, everything.max() * 2)
+    drawn = {name: line for name, line in found.items() if len(line[0])}
+    for name, (steps, values) in drawn.items():
+        label, colour = DISTANCES[name]
+        panel.plot(steps, values, color=colour, alpha=0.22, linewidth=1.0)
+        panel.plot(steps, np.exp(smoothed(np.log(values), smoothing)), color=colour, label=label)
     panel.yaxis.set_major_locator(LogLocator(numticks=7))
     panel.yaxis.set_minor_locator(NullLocator())
-    _legend(panel, colours)
+    _legend(panel, [DISTANCES[name][1] for name in drawn])
     return None
+
+
+def _nonzero(line: Series) -> Series:
+    steps, values = line
+    return steps[values != 0], np.abs(values[values != 0])
 
 
 def _seconds(panel: Axes, rows: Rows) -> None:
@@ -313,4 +314,5 @@ def _legend(panel: Axes, colours: Sequence[str]) -> None:
 
 def _nothing(panel: Axes) -> None:
     panel.text(0.5, 0.5, "nothing logged", transform=panel.transAxes, ha="center", va="center", color=FAINT)
-    panel.set_yticks([])
+    panel.yaxis.set_major_locator(NullLocator())
+    panel.yaxis.set_minor_locator(NullLocator())
