@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from miles_core.roles import RunInfo
 
@@ -41,15 +43,25 @@ def read_metrics(folder: Path) -> Iterator[tuple[int, dict[str, float]]]:
 
     A step that was done again after a resume is there twice; the later line holds. Half a line is left out.
     """
+    for step, values in _lines(folder):
+        del values["time"]
+        yield step, {name: math.nan if value is None else value for name, value in values.items()}
+
+
+def _lines(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(step, the line's other values) of every whole line."""
     path = folder / METRICS_FILE
     if not path.is_file():
         return
     with path.open(encoding="utf-8") as file:
         for line in file:
-            try:
+            with contextlib.suppress(json.JSONDecodeError):
                 values = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            step = values.pop("step")
-            del values["time"]
-            yield step, {name: math.nan if value is None else value for name, value in values.items()}
+                yield values.pop("step"), values
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Drops the lines of later steps, which a resumed run will write again, and half lines."""
+    kept = [{"step": at, **values} for at, values in _lines(folder) if at <= step]
+    if (folder / METRICS_FILE).is_file():
+        (folder / METRICS_FILE).write_text("".join(f"{json.dumps(line)}\n" for line in kept), "utf-8")

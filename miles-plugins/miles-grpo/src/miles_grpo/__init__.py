@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from miles_core import AdvantageSpec, CorrectionSpec, LossSpec, RolloutSpec, hookimpl
+from miles_core import AdvantageSpec, CorrectionSpec, LossSpec, RecipeSpec, RolloutSpec, hookimpl
 
 _IN_REWARD = {"old_logprobs": "kl_coef", "ref_logprobs": "kl_coef"}
 
@@ -140,4 +140,15 @@ def miles_rollouts() -> Iterable[RolloutSpec]:
         ref="miles_grpo.rollout:GreedyBaseline",
         baseline=True,
         summary="One completion per sample, the last one greedy and only there to be compared with",
+    )
+
+
+@hookimpl
+def miles_recipes() -> Iterable[RecipeSpec]:
+    """Run files that need nothing but a laptop."""
+    yield RecipeSpec(
+        name="arithmetic",
+        ref="miles_grpo:recipes/arithmetic.toml",
+        requires=("miles-torch", "miles-sft", "miles-rewards", "miles-qwen", "miles-trackers"),
+        summary="A small new model learns to add: supervised warm-up, then GRPO; on a laptop, in minutes",
     )

@@ -1,0 +1,79 @@
+"""`miles train` and `miles resume`."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from miles_core.config.schema import Plan
+    from miles_core.run.checkpoint import Checkpoint
+
+
+@click.command()
+@click.argument("target", metavar="FILE_OR_RECIPE")
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+def train(target: str, overrides: tuple[str, ...]) -> None:
+    """Run a run file or a recipe.
+
+    Overrides are values of the run file by their dotted names: schedule.steps=5 loss.clip_high=0.3.
+    """
+    from miles_core.config.layers import open_catalog
+    from miles_core.config.model import load_family
+    from miles_core.run.model import prepare_model
+    from miles_core.run.plan import check_folder, make_plan, write_run_files
+    from miles_core.specs import ModelSpec
+
+    catalog = open_catalog(target, overrides)
+    plan = make_plan(target, overrides, catalog)
+    check_folder(plan)
+    write_run_files(plan, plan.folder)
+    family = load_family(catalog.get(ModelSpec, plan.model.family)) if plan.model.family else None
+    model = prepare_model(plan.model, family, plan.folder / "model")
+    _run(plan, model, None)
+
+
+@click.command()
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path, file_okay=False))
+def resume(folder: Path) -> None:
+    """Go on with a run from its last checkpoint, as if it had never stopped."""
+    from miles_core.errors import UserError
+    from miles_core.run import checkpoint
+    from miles_core.run.driver import refuse_finished
+    from miles_core.run.model import prepare_model
+    from miles_core.run.plan import load_plan
+    from miles_core.run.trackers import forget_after
+
+    plan = load_plan(folder)
+    found = checkpoint.all_of(plan.folder)
+    last = found[-1] if found else None
+    if last is not None:
+        if last.state["step"] != last.step:
+            raise UserError(f"checkpoint {last.folder} says that it is of step {last.state['step']}; remove it")
+        refuse_finished(plan, last)
+    forget_after(plan.folder, last.step if last else -1)
+    model = plan.folder / "model" if plan.model.path is None else prepare_model(plan.model, None, plan.folder / "model")
+    _run(plan, model, last)
+
+
+def _run(plan: Plan, model: Path, resumed: Checkpoint | None) -> None:
+    from miles_core.run.console import Console
+    from miles_core.run.driver import drive
+
+    console = Console(plan)
+    console.start(resumed.step if resumed else None)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        asyncio.run(drive(plan, model, resumed, console))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        console.say(f"interrupted; go on with: miles resume {plan.folder}", "yellow")
+        raise KeyboardInterrupt from None
+    console.finish()
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

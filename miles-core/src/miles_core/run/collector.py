@@ -1,0 +1,312 @@
+"""The collector: a stream of scored groups, cut into batches, never staler than the run allows.
+
+Let B be `prompts_per_step`, k `max_staleness`, and v the version that trains next. Groups are begun only while no more
+than (v + k + 1) B of the stage's groups are used up, buffered or under way, and the batch of version v holds every
+group that was begun at version v - k or earlier. So no sample lags more than k versions, nothing is thrown away for
+being stale, and with k = 0 the loop is synchronous. What a filter drops is counted and replaced.
+
+With k = 0 groups are begun in waves: replacements only when the whole wave is scored. Requests then reach idle engines
+together, and a run gives the same numbers every time, to the last bit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miles_core.config.schema import Plan, Stage
+from miles_core.errors import RunError
+from miles_core.roles import Filter
+from miles_core.run import buffer
+from miles_core.run.advantages import apply_advantage
+from miles_core.run.producer import Clock, Engines, Producer, built
+from miles_core.run.scoring import Scorer
+from miles_core.run.tokenizers import load_tokenizer
+from miles_core.run.weights import aggregate
+from miles_core.sample import Batch, Group
+from miles_core.specs import RolloutSpec
+
+DROP_LIMIT = 50
+"""Filters may drop this many batches' worth of groups in a row before the run is given up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """A batch, its metrics, and the seconds of the wait for it that went to generation and to rewards."""
+
+    batch: Batch | None
+    metrics: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+    def without_batch(self) -> Collected:
+        """The same, to be sent beside a reference to the batch."""
+        return replace(self, batch=None)
+
+
+@dataclass(kw_only=True)
+class _Progress:
+    """What a stage has under way. version: that trains next, counted from the stage's first.
+
+    position: of the next prompt to draw. again: positions to draw again after a resume. begun: group -> version at
+    which it was begun, for all that is not used up. done: scored groups that wait to be trained on.
+    """
+
+    version: int = 0
+    position: int = 0
+    again: list[int] = field(default_factory=list)
+    begun: dict[int, int] = field(default_factory=dict)
+    done: dict[int, Group] = field(default_factory=dict)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    error: BaseException | None = None
+    dropped: int = 0
+    dropped_in_a_row: int = 0
+    failed_in_a_row: int = 0
+    failed: int = 0
+
+    @property
+    def running(self) -> list[int]:
+        """Groups under way."""
+        return [group for group in self.begun if group not in self.done]
+
+
+class Collector:
+    """Runs on the event loop of its actor. `begin` a stage, then `next_batch` and `finish` for each of its steps."""
+
+    def __init__(self, plan: Plan, model: Path, engines: Engines | None) -> None:
+        self.plan, self.engines = plan, engines
+        self.tokenizer = load_tokenizer(model)
+        self.clock = Clock()
+        self._scorers: dict[int, Scorer] = {}
+        self._changed = asyncio.Event()
+        self._evaluator: Producer | None = None
+
+    # ---- Stages ------------------------------------------------------------------------------------------------
+
+    async def begin(self, stage: int, step: int, folder: Path | None = None) -> None:
+        """Starts a stage, or goes on with it from what `save` wrote into `folder`."""
+        self.index, self.stage = stage, self.plan.stages[stage]
+        keep = {stage, self._evaluation_stage()}
+        for index in [index for index in self._scorers if index not in keep]:
+            self._scorers.pop(index).close()
+        self.producer = Producer(self.plan, self.stage, self.tokenizer, self.engines, self._scorer(stage), self.clock)
+        self.filters: list[Filter] = [built(one) for one in self.stage.filters]
+        self.progress = _Progress(version=step - self.stage.first_step)
+        if folder is not None:
+            self._restore(folder)
+
+    def _scorer(self, stage: int) -> Scorer | None:
+        """The reward workers of a stage, started when they are first needed."""
+        rewards = self.plan.stages[stage].rewards
+        if stage not in self._scorers and rewards and _scores(self.plan.stages[stage]):
+            workers = max(1, min(8, (os.cpu_count() or 1) // 2))
+            self._scorers[stage] = Scorer(rewards, self.plan.plugin_set, workers)
+        return self._scorers.get(stage)
+
+    def close(self) -> None:
+        """Ends the reward workers."""
+        for scorer in self._scorers.values():
+            scorer.close()
+
+    # ---- Groups --------------------------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        """Begins as many groups as may be under way."""
+        progress, schedule = self.progress, self.stage.schedule
+        if schedule.max_staleness == 0 and progress.running:
+            return
+        size = schedule.prompts_per_step
+        limit = size * min(progress.version + schedule.max_staleness + 1, schedule.steps)
+        for _ in range(limit - progress.version * size - len(progress.begun)):
+            if progress.again:
+                position = progress.again.pop(0)
+            else:
+                position, progress.position = progress.position, progress.position + 1
+            prompt = self.producer.draw(position)
+            progress.begun[position] = progress.version
+            task = asyncio.create_task(self._make(prompt, schedule.samples_per_prompt))
+            progress.tasks.add(task)
+            task.add_done_callback(progress.tasks.discard)
+
+    async def _make(self, prompt: Any, count: int) -> None:
+        progress = self.progress
+        try:
+            group = await self.producer.make(prompt, count)
+            self._judge(prompt.id, group)
+            self._fill()
+        except Exception as error:
+            progress.error = progress.error or error
+        self._changed.set()
+
+    def _judge(self, position: int, group: Group) -> None:
+        """Keeps a scored group or drops it."""
+        progress, size = self.progress, self.stage.schedule.prompts_per_step
+        failed = sum(sample.status == "failed" for sample in group)
+        progress.failed += failed
+        progress.failed_in_a_row = progress.failed_in_a_row + 1 if failed == len(group) else 0
+        if progress.failed_in_a_row >= size:
+            raise self._all_failed(group)
+        if all(one.keep(group) for one in self.filters):
+            progress.done[position] = group
+            progress.dropped_in_a_row = 0
+            return
+        del progress.begun[position]
+        progress.dropped += 1
+        progress.dropped_in_a_row += 1
+        if progress.dropped_in_a_row > DROP_LIMIT * size:
+            names = ", ".join(one.spec.name for one in self.stage.filters)
+            raise RunError(
+                f"the filters ({names}) have dropped {progress.dropped_in_a_row} groups in a row, so no batch can be "
+                "filled: the task is too easy or too hard for the policy, or the rewards are all the same"
+            )
+
+    def _all_failed(self, group: Group) -> RunError:
+        scorer = self._scorers.get(self.index)
+        return RunError(
+            f"every sample of {self.progress.failed_in_a_row} groups in a row failed to be scored, the last one with: "
+            f"{group[0].error}",
+            cause=scorer.last_traceback if scorer else None,
+        )
+
+    # ---- Batches -------------------------------------------------------------------------------------------------
+
+    async def next_batch(self, step: int, patience_s: float) -> Collected | None:
+        """The batch that version `step` trains on; None if it is not complete after `patience_s`."""
+        progress = self.progress
+        progress.version = step - self.stage.first_step
+        before, busy = self.clock.read(), self._busy()
+        try:
+            async with asyncio.timeout(patience_s):
+                while not self._ready():
+                    self._changed.clear()
+                    self._fill()
+                    if progress.error is None and not self._ready():
+                        await self._changed.wait()
+                    if progress.error is not None:
+                        raise progress.error
+        except TimeoutError:
+            return None
+        seconds = {what: value - before[what] for what, value in self.clock.read().items()}
+        seconds["generate"] = min(seconds["generate"], self._busy() - busy)
+        return self._take(step, seconds)
+
+    def _busy(self) -> float:
+        return max(self.engines.busy_seconds) if self.engines else math.inf
+
+    def _ready(self) -> bool:
+        progress, schedule = self.progress, self.stage.schedule
+        oldest = progress.version - schedule.max_staleness
+        due = any(progress.begun[group] <= oldest for group in progress.running)
+        return len(progress.done) >= schedule.prompts_per_step and not due
+
+    def _take(self, step: int, seconds: Mapping[str, float]) -> Collected:
+        """Cuts off a batch: the groups begun at the oldest versions, then in the order of the data."""
+        progress = self.progress
+        order = sorted(progress.done, key=lambda group: (progress.begun[group], group))
+        chosen = sorted(order[: self.stage.schedule.prompts_per_step])
+        samples = [sample for group in chosen for sample in progress.done[group]]
+        for group in chosen:
+            del progress.done[group], progress.begun[group]
+        batch = Batch.pack(
+            samples,
+            temperature=self.stage.sampling.temperature or 1.0,
+            reward_weights={component.spec.name: section.weight for component, section in self.stage.rewards},
+        )
+        metrics = {**group_metrics([samples]), **self._staleness(batch, step)}
+        for name in ("dropped", "failed"):
+            metrics[name] = float(getattr(progress, name))
+            setattr(progress, name, 0)
+        return Collected(batch=batch, metrics=metrics, seconds=seconds)
+
+    def _staleness(self, batch: Batch, step: int) -> dict[str, float]:
+        """Versions that the trained tokens lag behind."""
+        made = batch["versions"][batch["mask"] & (batch["versions"] >= 0)]
+        if not len(made):
+            return {}
+        return {"staleness/mean": float(step - made.mean()), "staleness/max": float(step - made.min())}
+
+    def finish(self, batch: Batch, columns: Mapping[str, NDArray[Any]]) -> tuple[Batch, dict[str, float]]:
+        """The batch with the trainer's columns, its advantages and its weights. Runs in a thread."""
+        batch = apply_advantage(batch.with_columns(**columns), self.stage.advantage)
+        batch = aggregate(batch, self.stage.loss_section, self.stage.schedule.minibatches)
+        trained = float(np.count_nonzero(batch["mask"]))
+        return batch, {"trained_tokens": trained}
+
+    # ---- Evaluation ------------------------------------------------------------------------------------------------
+
+    def _evaluation_stage(self) -> int | None:
+        """The last stage that generates says what is evaluated, and how."""
+        if not self.plan.evaluation.every:
+            return None
+        generating = [
+            index
+            for index, stage in enumerate(self.plan.stages)
+            if isinstance(stage.rollout.spec, RolloutSpec) and stage.rollout.spec.engine
+        ]
+        return generating[-1]
+
+    async def evaluate(self, step: int) -> dict[str, float]:
+        """Metrics of the weights of version `step` on the first prompts of the held-out split."""
+        index, section = self._evaluation_stage(), self.plan.evaluation
+        assert index is not None
+        if self._evaluator is None:
+            self._evaluator = Producer(
+                self.plan,
+                self.plan.stages[index],
+                self.tokenizer,
+                self.engines,
+                self._scorer(index),
+                self.clock,
+                split="eval",
+                temperature=section.temperature,
+            )
+        size = self._evaluator.source.size
+        count = section.prompts if size is None else min(section.prompts, size)
+        prompts = [self._evaluator.draw(position) for position in range(count)]
+        made = await asyncio.gather(*(self._evaluator.make(prompt, section.samples_per_prompt) for prompt in prompts))
+        return {f"eval/{name}": value for name, value in group_metrics(made).items()}
+
+    # ---- Checkpoints -----------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Where the data stands and what is buffered; what is under way is to be made again."""
+        progress = self.progress
+        buffer.save(
+            folder,
+            {"position": progress.position, "again": [*progress.again, *progress.running]},
+            {group: (progress.begun[group], samples) for group, samples in progress.done.items()},
+        )
+
+    def _restore(self, folder: Path) -> None:
+        progress = self.progress
+        state, groups = buffer.load(folder)
+        progress.position, progress.again = state["position"], sorted(state["again"])
+        for group, (version, samples) in groups.items():
+            progress.begun[group], progress.done[group] = version, samples
+
+
+def _scores(stage: Stage) -> bool:
+    """Whether anything comes of the rewards: what is read from the data and read by no advantage is not scored."""
+    return stage.advantage is not None or (isinstance(stage.rollout.spec, RolloutSpec) and stage.rollout.spec.engine)
+
+
+def group_metrics(groups: list[Group]) -> dict[str, float]:
+    """Means over samples: reward and its parts, response length, shares of truncated and failed samples."""
+    samples = [sample for group in groups for sample in group]
+    count = max(len(samples), 1)
+    names = sorted({name for sample in samples for name in sample.rewards})
+    lengths = [len(sample.response) for sample in samples]
+    return {
+        "reward": sum(sample.reward or 0.0 for sample in samples) / count,
+        **{f"reward/{name}": sum(sample.rewards.get(name, 0.0) for sample in samples) / count for name in names},
+        "response_tokens": float(sum(lengths)),
+        "response_length": sum(lengths) / count,
+        "truncated": sum(sample.status == "truncated" for sample in samples) / count,
+    }

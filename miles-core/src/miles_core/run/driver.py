@@ -1,0 +1,335 @@
+"""The driver of a run: starts its processes, and gives the loop its verbs.
+
+Everything that is slow happens in other processes; the driver holds references and passes messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from miles_core.cluster.members import CollectorMember, EngineMember, TrainerMember, hooks_of
+from miles_core.cluster.session import Member, Place, Session
+from miles_core.config.schema import Plan, Stage
+from miles_core.config.traits import stage_columns
+from miles_core.errors import RunError
+from miles_core.roles import RunInfo, Tracker
+from miles_core.run import checkpoint
+from miles_core.run.checkpoint import Checkpoint, Saving
+from miles_core.run.console import Console
+from miles_core.run.loop import train
+from miles_core.run.producer import built
+from miles_core.run.trackers import JsonLines
+
+POLL_S = 10.0
+"""How long the driver waits for a batch before it asks again whether the collector is alive."""
+FROM_TRAINER = {"old_logprobs": "policy", "ref_logprobs": "reference"}
+"""Token column -> what `Trainer.logprobs` is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRef:
+    """A batch in the object store. step: that trains on it; started: when the driver began to wait for it."""
+
+    ref: Any
+    step: int
+    stage: Stage
+    metrics: Mapping[str, float]
+    seconds: Mapping[str, float]
+    started: float
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a step has to say. version: of the weights that it made."""
+
+    version: int
+    batch: BatchRef
+    metrics: Mapping[str, float]
+
+
+class Run:
+    """One run, from a plan, perhaps from a checkpoint. `async with`, then the verbs of `miles_core.run.loop`."""
+
+    def __init__(self, plan: Plan, model: Path, resumed: Checkpoint | None, console: Console) -> None:
+        self.plan, self.model, self.resumed, self.console = plan, model, resumed, console
+        self.step = resumed.step if resumed else 0
+        self.session = Session(plan.cluster, _places(plan), plan.folder / "logs")
+        self.info = RunInfo(name=plan.name, folder=plan.folder, config=plan.values, steps=plan.steps)
+        self.hooks = hooks_of(plan, "driver")
+        self.trackers: list[Tracker] = [JsonLines(None, self.info), *(built(one, self.info) for one in plan.trackers)]
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.trainers: list[Member] = []
+        self.engines: list[Member] = []
+
+    # ---- Start and end -------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Brings all members up, with the weights of the first version published."""
+        with self.console.phase("starting Ray"):
+            self.session.start()  # on the main thread, where Ray sets its signal handlers
+        with self.console.phase("starting trainer, engines and collector"):
+            self._spawn()
+            await asyncio.gather(self._start_trainers(), self._start_engines())
+            if self.engines:
+                await self._connect()
+        stage = self.plan.stages.index(self.plan.stage_of(min(self.step, self.plan.steps - 1)))
+        folder = self.resumed.folder if self.resumed else None
+        if folder is not None and self.step == self.plan.stages[stage].first_step and self.step < self.plan.steps:
+            await self._restore(stage - 1 if stage else 0, folder)  # a stage begins with fresh optimizer and data
+            await self._begin(stage)
+        else:
+            await self._begin(stage, folder)
+        await self._send(self.step)
+        self.hooks.run_start(run=self.info)
+
+    def _spawn(self) -> None:
+        plan = self.plan
+        self.trainers = [
+            self.session.spawn(TrainerMember, f"trainer {rank}", plan, rank)
+            for rank in range(plan.trainer_section.world_size)
+        ]
+        if plan.engine_section is not None:
+            self.engines = [
+                self.session.spawn(EngineMember, f"engine {index}", plan, index, self.model)
+                for index in range(plan.engine_section.count)
+            ]
+        handles = [(engine.name, engine.actor, engine.log) for engine in self.engines]
+        self.collector = self.session.spawn(CollectorMember, "collector", plan, self.model, handles)
+
+    async def _start_trainers(self) -> None:
+        address = await self.session.ask(self.trainers[0], "address")
+        reference = any("ref_logprobs" in stage_columns(stage) for stage in self.plan.stages)
+        await self.session.ask_all(self.trainers, "start", address, self.model, reference)
+
+    async def _start_engines(self) -> None:
+        if self.engines:
+            await self.session.ask_all(self.engines, "start")
+
+    async def _connect(self) -> None:
+        """The trainer and the engines meet for publishing."""
+        count = len(self.engines)
+        address, layout = (await self.session.ask_all(self.trainers, "open_sync", count))[0]
+        await self.session.gather(
+            [
+                *((trainer, "connect_sync", ()) for trainer in self.trainers),
+                *((engine, "connect_sync", (address, count, layout)) for engine in self.engines),
+            ]
+        )
+
+    async def _begin(self, stage: int, folder: Path | None = None) -> None:
+        """Starts a stage everywhere, or goes on with it from a checkpoint."""
+        await self.session.gather(
+            [
+                *((trainer, "begin", (stage,)) for trainer in self.trainers),
+                (self.collector, "begin", (stage, self.step, folder)),
+            ]
+        )
+        if folder is not None:
+            await self.session.ask_all(self.trainers, "restore", folder / "trainer")
+
+    async def _restore(self, stage: int, folder: Path) -> None:
+        """The weights that the stage before left."""
+        await self.session.ask_all(self.trainers, "begin", stage)
+        await self.session.ask_all(self.trainers, "restore", folder / "trainer")
+
+    async def finish(self) -> None:
+        """The policy for transformers, and the last picture of the trackers."""
+        with self.console.phase("writing the policy"):
+            await self.session.ask_all(self.trainers, "save_pretrained", self.plan.folder / "policy")
+        for tracker in self.trackers:
+            tracker.finish()
+        self.hooks.run_end(run=self.info)
+
+    def stop(self) -> None:
+        """Ends all members."""
+        self.session.stop()
+
+    # ---- The verbs of the loop -----------------------------------------------------------------------------------
+
+    async def batches(self) -> AsyncIterator[BatchRef]:
+        """One batch a step, to the end of the last stage."""
+        await self._evaluate_if_due()
+        while self.step < self.plan.steps:
+            stage = self.plan.stage_of(self.step)
+            if self.step == stage.first_step and self.step:
+                await self._begin(self.plan.stages.index(stage))
+            started = time.monotonic()
+            self.seconds = defaultdict(float)
+            ref, collected = await self._next_batch()
+            self.hooks.rollout_end(run=self.info, step=self.step, metrics=dict(collected.metrics))
+            yield BatchRef(
+                ref=ref,
+                step=self.step,
+                stage=stage,
+                metrics=collected.metrics,
+                seconds=collected.seconds,
+                started=started,
+            )
+
+    async def _next_batch(self) -> Any:
+        while True:
+            answer = await self.session.ask(
+                self.collector, "next_batch", self.step, POLL_S, deadline_s=POLL_S + self.session.deadline_s
+            )
+            if answer is not None:
+                return answer
+
+    async def reference(self, batch: BatchRef) -> BatchRef:
+        """The batch with the columns that only the trainer can compute."""
+        columns = {}
+        for name in sorted(self._columns(batch.stage)):
+            with self._timed("train"):
+                answers = await self.session.ask_all(
+                    self.trainers, "logprobs", batch.ref, FROM_TRAINER[name], batch.step
+                )
+            columns[name] = answers[0]
+        return replace(batch, columns=columns)
+
+    def _columns(self, stage: Stage) -> frozenset[str]:
+        """Old log-probabilities are the policy's own while there is one optimizer step a batch, so nobody asks."""
+        needed = stage_columns(stage) & FROM_TRAINER.keys()
+        schedule = stage.schedule
+        single = schedule.updates_per_batch * schedule.minibatches == 1
+        return needed - {"old_logprobs"} if single else needed
+
+    async def advantage(self, batch: BatchRef) -> BatchRef:
+        """The batch with advantages and weights."""
+        ref, metrics = await self.session.ask(
+            self.collector, "finish", batch.ref, list(batch.columns), *batch.columns.values()
+        )
+        return replace(batch, ref=ref, metrics={**batch.metrics, **metrics})
+
+    async def update(self, batch: BatchRef) -> Report:
+        """One or more optimizer steps."""
+        passes = batch.stage.schedule.updates_per_batch
+        answers = await self.session.ask_all(self.trainers, "update", batch.ref, batch.step, passes)
+        self.seconds["train"] += answers[0].get("train_seconds", 0.0)
+        return Report(version=batch.step + 1, batch=batch, metrics=answers[0])
+
+    async def publish(self, version: int) -> None:
+        """All engines generate with these weights from now on."""
+        self.step = version
+        with self._timed("publish"):
+            await self._send(version)
+
+    async def _send(self, version: int) -> None:
+        if self.engines:
+            await self.session.gather(
+                [
+                    *((trainer, "publish", (version,)) for trainer in self.trainers),
+                    *((engine, "receive", (version,)) for engine in self.engines),
+                ]
+            )
+
+    async def step_end(self, report: Report) -> None:
+        """Metrics to trackers, callbacks and the terminal; then an evaluation and a checkpoint if they are due."""
+        metrics = self._metrics(report)
+        for tracker in self.trackers:
+            tracker.log(report.version, metrics)
+        self.console.step(report.version, report.batch.stage, metrics)
+        self.hooks.step_end(run=self.info, step=report.version, metrics=metrics)
+        await self._evaluate_if_due()
+        every, last = self.plan.checkpoint.every, report.version == self.plan.steps
+        if last or (every and report.version % every == 0):
+            await self.save()
+
+    def _metrics(self, report: Report) -> dict[str, float]:
+        """All numbers of a step, and where its time went; what is none of the named is "other"."""
+        total = time.monotonic() - report.batch.started
+        spent = {**report.batch.seconds, **self.seconds}
+        seconds = {name: spent.get(name, 0.0) for name in ("generate", "reward", "train", "publish")}
+        seconds |= {"other": max(total - sum(seconds.values()), 0.0), "step": total}
+        tokens = report.batch.metrics.get("response_tokens", 0.0)
+        return {
+            "stage": float(self.plan.stages.index(report.batch.stage)),
+            **report.batch.metrics,
+            **{name: value for name, value in report.metrics.items() if name != "train_seconds"},
+            "tokens_per_second": tokens / total if total else 0.0,
+            **{f"seconds/{name}": value for name, value in seconds.items()},
+        }
+
+    def _timed(self, name: str) -> _Timed:
+        return _Timed(self.seconds, name)
+
+    # ---- Evaluation and checkpoints --------------------------------------------------------------------------------
+
+    async def _evaluate_if_due(self) -> None:
+        """At the start, every so many steps, at the end of each stage. A resumed run has been evaluated before."""
+        every = self.plan.evaluation.every
+        ends = {0, *(stage.last_step for stage in self.plan.stages)}
+        if not every or (self.resumed and self.step == self.resumed.step):
+            return
+        if self.step % every and self.step not in ends:
+            return
+        with self.console.phase("evaluating"):
+            metrics = await self.session.ask(self.collector, "evaluate", self.step)
+        for tracker in self.trackers:
+            tracker.log(self.step, metrics)
+        self.console.evaluation(self.step, metrics)
+        self.hooks.eval_end(run=self.info, step=self.step, metrics=metrics)
+
+    async def save(self) -> None:
+        """A checkpoint of this step."""
+        saving = Saving(self.plan.folder, self.step, self.plan.checkpoint.keep)
+        with self.console.phase("saving a checkpoint"):
+            async with saving as folder:
+                await self.session.gather(
+                    [
+                        *((trainer, "save", (folder / "trainer",)) for trainer in self.trainers),
+                        (self.collector, "save", (folder,)),
+                    ]
+                )
+                checkpoint.write_state(folder, {"step": self.step, "plugins": self.plan.plugin_set})
+        self.hooks.checkpoint_saved(run=self.info, step=self.step, path=saving.final)
+
+
+class _Timed:
+    """Adds the seconds of a block to a counter."""
+
+    def __init__(self, seconds: defaultdict[str, float], name: str) -> None:
+        self._seconds, self._name = seconds, name
+
+    def __enter__(self) -> None:
+        self._start = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] += time.monotonic() - self._start
+
+
+def _places(plan: Plan) -> dict[str, Place]:
+    """What each member needs, by its name."""
+    trainer, engine = plan.trainer_section, plan.engine_section
+    places = {
+        f"trainer {rank}": Place(cpus=trainer.threads, gpus=int(trainer.gpus > 0)) for rank in range(trainer.world_size)
+    }
+    if engine is not None:
+        places |= {f"engine {index}": Place(cpus=engine.threads, gpus=engine.gpus) for index in range(engine.count)}
+    return {**places, "collector": Place(cpus=1)}
+
+
+async def drive(plan: Plan, model: Path, resumed: Checkpoint | None, console: Console) -> None:
+    """A whole run: start, loop, policy, end. Whatever happens, no process is left behind."""
+    run = Run(plan, model, resumed, console)
+    try:
+        await run.start()
+        await train(run)
+        await run.finish()
+    except Exception as error:
+        run.hooks.run_failed(run=run.info, error=error)
+        run.hooks.run_end(run=run.info)
+        raise
+    finally:
+        run.stop()
+
+
+def refuse_finished(plan: Plan, found: Checkpoint) -> None:
+    """A run that is over has nothing to resume. Raises `RunError`."""
+    if found.step >= plan.steps and (plan.folder / "policy").is_dir():
+        raise RunError(f"run {plan.folder} is finished: {found.step} of {plan.steps} steps; its policy is in policy/")
