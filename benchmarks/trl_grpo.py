@@ -16,6 +16,7 @@ Start it with `taskset -c 0` to hold both to one core, helper threads and proces
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -31,6 +32,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 PROMPTS, SAMPLES, NEW_TOKENS, PROMPT_TOKENS, VOCABULARY = 8, 4, 64, 64, 1024
+END = "<end>"  # a token of the tokenizer that the model has not
 UNCOUNTED = 2  # first steps of each turn: memory is allocated, caches fill
 LEARNING_RATE = 1e-6
 TOLERANCE = 0.5  # words are numerals, and the last is right within this share of 512, so about half of the samples are
@@ -38,19 +40,18 @@ TOLERANCE = 0.5  # words are numerals, and the last is right within this share o
 
 def make_workload(folder: Path, steps: int) -> None:
     """Writes what both sides read: model/, prompts.jsonl, and workload.json for TRL, run.toml for Miles."""
-    end = VOCABULARY  # the tokenizer's end token, which the model cannot say
     config = Qwen3Config(
         hidden_size=256, num_hidden_layers=4, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2,
         head_dim=64, vocab_size=VOCABULARY, max_position_embeddings=512, tie_word_embeddings=True,
-        pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(config)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder / "model")
-    words = Tokenizer(models.WordLevel({str(token): token for token in range(VOCABULARY)} | {"<end>": end}, "0"))
+    vocabulary = {str(token): token for token in range(VOCABULARY)} | {END: VOCABULARY}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=words, eos_token="<end>", pad_token="0"
+        tokenizer_object=words, eos_token=END, pad_token=END
     )
     tokenizer.save_pretrained(folder / "model")
     draw = random.Random(0)
@@ -61,6 +62,7 @@ def make_workload(folder: Path, steps: int) -> None:
         }
         for _ in range(PROMPTS * steps)
     ]
+    assert all(len(tokenizer.encode(row["prompt"])) == PROMPT_TOKENS for row in rows)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     workload = {
         "prompts_per_step": PROMPTS,
@@ -106,36 +108,47 @@ def trl_seconds(python: str, folder: Path, steps: int) -> list[float]:
     return seconds
 
 
-def miles_seconds(folder: Path, turn: int) -> list[float]:
-    """One turn of Miles."""
+def miles_steps(folder: Path, turn: int) -> tuple[list[float], list[float]]:
+    """One turn of Miles: seconds of each step, and the share of it that is none of generate, reward, train, publish."""
     name = f"turn-{turn}"
     call([str(Path(sys.executable).with_name("miles")), "train", str(folder / "run.toml"), f"name={name}"])
-    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["time/step"] for line in lines][UNCOUNTED:]
+    lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    assert {line["response_tokens"] for line in lines} == {PROMPTS * SAMPLES * NEW_TOKENS}
+    ends = [line["time"] for line in lines]
+    seconds = [end - start for start, end in itertools.pairwise(ends)]  # the first step is not among them
+    return seconds[UNCOUNTED - 1 :], [line["seconds/other"] / line["seconds/step"] for line in lines[UNCOUNTED:]]
+
+
+def compare(folder: Path, trl_python: str, pairs: int, steps: int) -> None:
+    """Prints each pair's tokens per second and their ratio, then the medians."""
+    tokens = PROMPTS * SAMPLES * NEW_TOKENS
+    rates: list[tuple[float, float]] = []
+    shares: list[float] = []
+    print(f"{'pair':>6} {'Miles':>14} {'TRL':>14} {'ratio':>7}")
+    for turn in range(pairs):
+        seconds, others = miles_steps(folder, turn)
+        shares += others
+        miles = tokens / statistics.median(seconds)
+        trl = tokens / statistics.median(trl_seconds(trl_python, folder, steps))
+        rates.append((miles, trl))
+        print(f"{turn + 1:6} {miles:8.0f} tok/s {trl:8.0f} tok/s {miles / trl:7.2f}", flush=True)
+    ratio = statistics.median(miles / trl for miles, trl in rates)
+    miles, trl = (statistics.median(side) for side in zip(*rates, strict=True))
+    print(f"{'median':>6} {miles:8.0f} tok/s {trl:8.0f} tok/s {ratio:7.2f}")
+    print(f"Miles spends {statistics.median(shares):.1%} of a step on neither generate, reward, train nor publish.")
 
 
 def main() -> None:
-    """Prints each pair's tokens per second and their ratio, then the medians."""
+    """Makes the workload and compares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", required=True, help="the Python of an environment with TRL")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="counted steps of each turn")
     arguments = parser.parse_args()
     steps = arguments.steps + UNCOUNTED
-    tokens = PROMPTS * SAMPLES * NEW_TOKENS
-    rates: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_workload(folder, steps)
-        print(f"{'pair':>6} {'Miles':>14} {'TRL':>14} {'ratio':>7}")
-        for turn in range(arguments.pairs):
-            miles = tokens / statistics.median(miles_seconds(folder, turn))
-            trl = tokens / statistics.median(trl_seconds(arguments.trl_python, folder, steps))
-            rates.append((miles, trl))
-            print(f"{turn + 1:6} {miles:8.0f} tok/s {trl:8.0f} tok/s {miles / trl:7.2f}", flush=True)
-    ratio = statistics.median(miles / trl for miles, trl in rates)
-    miles, trl = (statistics.median(side) for side in zip(*rates, strict=True))
-    print(f"{'median':>6} {miles:8.0f} tok/s {trl:8.0f} tok/s {ratio:7.2f}")
+        make_workload(Path(name), steps)
+        compare(Path(name), arguments.trl_python, arguments.pairs, steps)
 
 
 if __name__ == "__main__":
