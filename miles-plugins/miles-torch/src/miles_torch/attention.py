@@ -156,7 +156,8 @@ class Terms:
         return self.softcap is None and self.sinks is None
 
 
-_IGNORED = frozenset({"dropout", "position_ids", "is_causal", "output_attentions", "use_cache", "cache_position"})
+_IGNORED = frozenset({"dropout", "position_ids", "is_causal", "output_attentions", "output_router_logits"})
+"""What models pass on that changes nothing here: it never trains, and a token's place is in the step."""
 
 
 def cached_attention(
@@ -176,7 +177,8 @@ def cached_attention(
     Returns [B, S, Hq, Dv]. `NotImplementedError` for a mask or a term that it does not know: wrong numbers would be
     worse.
     """
-    unknown = sorted(name for name, given in others.items() if given is not None and name not in _IGNORED)
+    used = {name for name, given in others.items() if given is not None and given is not False}
+    unknown = sorted(used - _IGNORED)
     if attention_mask is not None or unknown:
         raise NotImplementedError(
             f"{type(module).__name__} attends with {', '.join(unknown) or 'a mask of its own'}, "

@@ -6,7 +6,7 @@ and values, one for gate and up, rotary tables looked up instead of computed. It
 row's numbers come out the same whatever the other rows are (seen with oneDNN on AVX2 and AVX-512).
 
 A model is chosen by its structure (`fits`). The caller still compares both forwards on random weights, since modules of
-the same shape may compute something else: Gemma's norms add one to their weight.
+the same shape may compute something else: Granite scales its residuals.
 
 Shapes: T tokens, of packed sequences or one for each row; H hidden; Hq, Hk heads of queries and keys; D head width;
 I intermediate; V vocabulary; N places.
@@ -43,6 +43,9 @@ def fits(module: Any) -> bool:
     names = {name for name in module.state_dict() if not name.startswith("model.layers.")}
     rotary = getattr(getattr(module, "model", None), "rotary_emb", None)
     if names != _TOP or getattr(rotary, "rope_type", None) not in _STATIC_ROPE:
+        return False
+    norms = [part for name, part in module.named_modules() if name.endswith("norm")]
+    if {getattr(norm, "variance_epsilon", None) for norm in norms} != {module.config.rms_norm_eps}:
         return False
     return getattr(module.config, "sliding_window", None) is None and all(
         _layer_fits(layer) for layer in module.model.layers
@@ -96,7 +99,7 @@ def _packs(dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Weights of a layer: qkv gives [T, (Hq + 2 Hk) D], gate_up [T, 2 I]; head_norms are those of queries and keys, [D]."""
+    """Weights of a layer. qkv gives [T, (Hq + 2 Hk) D], gate_up [T, 2 I]; head_norms: of queries and keys, [D]."""
 
     norm: Tensor
     qkv: Matrix

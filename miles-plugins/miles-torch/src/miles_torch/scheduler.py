@@ -66,7 +66,7 @@ class Scheduler:
         return future
 
     def submit(self, jobs: Sequence[Job]) -> Future[None]:
-        """Jobs given together wait in line together. `ValueError` if an id is in flight already."""
+        """Jobs given together wait in line together. `UserError` if an id is in flight already."""
         return self._post(lambda: self._submit(jobs))
 
     def pause(self, mode: PauseMode) -> Future[None]:
@@ -122,10 +122,11 @@ class Scheduler:
     def _main(self) -> None:
         try:
             self._generator = self._build()
-            while not self._stopped:
-                self._obey()
-                if self._can_work():
-                    self._work(self._generator)
+            with torch.inference_mode():
+                while not self._stopped:
+                    self._obey()
+                    if self._can_work():
+                        self._work(self._generator)
             self._fail(RunError(f"{self.name} is stopped"))
         except BaseException as error:
             self._fail(error)
@@ -135,16 +136,18 @@ class Scheduler:
         with self._changed:
             while not self._orders and not self._can_work():
                 self._changed.wait()
-            orders = list(self._orders)
-            self._orders.clear()
-        for order, future in orders:
+            due = len(self._orders)
+        for _ in range(due):
+            order, future = self._orders[0]  # stays in the queue until it is obeyed, so that a failure reaches it
             try:
                 order()
-            except ValueError as error:  # the caller's mistake, not the engine's
+            except UserError as error:  # the caller's mistake, not the engine's
                 future.set_exception(error)
             else:
                 if future not in self._quiet:
                     _resolve(future)
+            with self._changed:
+                self._orders.popleft()
         self._settle()
 
     def _can_work(self) -> bool:
@@ -158,12 +161,11 @@ class Scheduler:
         """One step: who waits enters where there is room, and everyone active gets a token."""
         begin = time.perf_counter()
         finished: list[Generation] = []
-        with torch.inference_mode():
-            if self._mode is None and self._waiting and generator.free:
-                count = min(generator.free, len(self._waiting))
-                finished += generator.admit([self._waiting.popleft() for _ in range(count)], self._version)
-            if generator.active:
-                finished += generator.step(self._version)
+        if self._mode is None and self._waiting and generator.free:
+            count = min(generator.free, len(self._waiting))
+            finished += generator.admit([self._waiting.popleft() for _ in range(count)], self._version)
+        if generator.active:
+            finished += generator.step(self._version)
         self.busy_seconds += time.perf_counter() - begin
         self._finish(finished)
         self._settle()
@@ -207,7 +209,7 @@ class Scheduler:
         known = {job.id for job in self._jobs.values()}
         for job in jobs:
             if job.id in known:
-                raise ValueError(f"request id {job.id!r} is in flight already")
+                raise UserError(f"request id {job.id!r} is in flight already")
             known.add(job.id)
         for job in jobs:
             for part in job.parts:
