@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainer_kit import tiny_model
+from trainer_kit import make_batch, tiny_model
 from trainer_rank import free_address, train, train_on_ranks
 
+POISONED = np.flatnonzero(make_batch(0)["mask"])[[0, -1]]
 SMALL = {"micro_batch_tokens": 30, "activation_checkpointing": True}
 
 
@@ -22,7 +23,7 @@ def two_ranks(folder, tmp_path_factory):
     """The runs that need two ranks, in one pair of processes: starting them is what takes time."""
     out = tmp_path_factory.mktemp("two")
     train(folder, seeds=[0, 1], save=str(out / "single"))
-    whole, small, divided, resumed = train_on_ranks(
+    whole, small, divided, resumed, *poisoned = train_on_ranks(
         out,
         2,
         [
@@ -30,9 +31,10 @@ def two_ranks(folder, tmp_path_factory):
             {"model": folder, "seeds": [0, 1], "options": SMALL},
             {"model": folder, "seeds": [0], "minibatches": 12},
             {"model": folder, "seeds": [2], "restore": str(out / "single")},
+            *({"model": folder, "seeds": [0], "poison": int(row)} for row in POISONED),
         ],
     )
-    return {"whole": whole, "small": small, "divided": divided, "resumed": resumed, "folder": out}
+    return {"whole": whole, "small": small, "divided": divided, "resumed": resumed, "poisoned": poisoned, "folder": out}
 
 
 def assert_same_training(found, expected):
@@ -60,6 +62,14 @@ def test_a_checkpoint_goes_on_at_another_number_of_ranks(folder, two_ranks):
     expected = {**whole, "metrics": whole["metrics"][2:]}
     assert_same_training(train(folder, seeds=[2], restore=str(two_ranks["folder"] / "saved")), expected)
     assert_same_training(two_ranks["resumed"], expected)
+
+
+def test_every_rank_names_the_token_that_is_not_finite(two_ranks):
+    batch = make_batch(0)
+    for row, run in zip(POISONED, two_ranks["poisoned"], strict=True):
+        sample = batch.segment_ids[row]
+        name = f"{batch.samples['group'][sample]}/{batch.samples['index'][sample]}"
+        assert f"sample {name}, token {row - batch.cu_seqlens[sample]} " in run["metrics"][0]["error"]
 
 
 def test_two_ranks_export_what_transformers_loads(two_ranks):

@@ -34,10 +34,13 @@ def train(
     restore: str | None = None,
     save: str | None = None,
     pretrained: str | None = None,
+    poison: int | None = None,
 ) -> dict[str, Any]:
     """Trains on the batches of `seeds`. Gives the metrics of each, and the weights and log-probabilities after them
-    (on rank 0)."""
+    (on rank 0). poison: a token whose advantage is not a number in the first batch, to see the error."""
     from trainer_kit import exported, make_batch, make_trainer
+
+    from miles_core.errors import RunError
 
     trainer = make_trainer(
         Path(model), rank=rank, world_size=world_size, address=address, reference=True, entropy=True, **options or {}
@@ -49,6 +52,13 @@ def train(
         batch = make_batch(seed, minibatches=minibatches)
         if minibatches > 1:  # any values do, as long as every rank has the same
             batch = batch.with_columns(old_logprobs=batch["rollout_logprobs"] - 1)
+        if poison is not None:
+            gains = np.where(np.arange(batch.tokens_total) == poison, np.nan, batch["advantages"])
+            try:
+                trainer.update(batch.with_columns(advantages=gains), seed, 1)
+            except RunError as error:
+                metrics.append({"error": str(error)})
+            continue
         metrics.append(dict(trainer.update(batch, seed, 1)))
     logprobs = [trainer.logprobs(make_batch(99), which, 99) for which in ("policy", "reference")]
     if save:

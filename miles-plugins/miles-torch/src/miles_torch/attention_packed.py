@@ -1,20 +1,22 @@
 """Attention within packed samples, as an implementation of transformers' attention interface.
 
 A packed row holds trees: a trunk (a prompt) and the branches (responses) that continue it. A token attends to its
-trunk and to its own branch, up to itself. The row is gathered into padded blocks [samples, heads, longest, dim], one
-scaled-dot-product attention runs over each, and what comes out is scattered back:
+trunk and to its own branch, up to itself. So what attends are *sequences* of the row:
 
-- a sample alone in its tree: queries and keys are its tokens, plainly causal. Padding stands at the end, where no
-  query that counts can see it, so no mask is needed;
+- a sample alone in its tree: queries and keys are its tokens, plainly causal;
 - a trunk that several branches share: the same, once;
-- those branches: queries are the branch's tokens, keys the trunk's and then the branch's, with a mask, because each
-  query stands further along its keys than along its queries.
+- each of those branches: queries are the branch's tokens, keys the trunk's and then the branch's, causal counted from
+  the end.
 
-A block holds samples whose lengths have the same power of two, so padding at most doubles it.
+In half precision on a GPU, torch's variable-length attention takes them as they are (`Ragged`). Elsewhere they are
+gathered into padded blocks [sequences, heads, longest, dim], one scaled-dot-product attention runs over each, and what
+comes out is scattered back (`Padded`). Padding stands at the end, where no query that counts can see it, so only the
+branches need a mask. A block holds sequences whose lengths have the same power of two, so padding at most doubles it.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,11 +53,28 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Padded:
     """blocks: as above. scatter: int64 [N], where each token of the row stands in the blocks' outputs, end to end."""
 
     blocks: tuple[Block, ...]
     scatter: Tensor
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """keys: int64 [K], places in the packed row of all sequences' keys, end to end; the queries are the row itself.
+
+    query_ends, key_ends: int32 [sequences + 1], where each sequence begins and ends; longest_query, longest_key.
+    """
+
+    keys: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    longest_query: int
+    longest_key: int
+
+
+Layout = Padded | Ragged
 
 
 @dataclass(frozen=True)
@@ -66,8 +85,21 @@ class _Sequence:
     keys: Index
 
 
-def layout(trees: Sequence[Tree], device: torch.device) -> Layout:
-    """The layout of a packed row that holds `trees` in this order."""
+def ragged(trees: Sequence[Tree], device: torch.device) -> Ragged:
+    """The layout of a packed row that holds `trees` in this order, for half precision on a GPU."""
+    sequences = list(_sequences(trees))  # their queries, end to end, are the row
+
+    def ends(lengths: Sequence[int]) -> Tensor:
+        return torch.from_numpy(np.cumsum([0, *lengths])).to(device, torch.int32)
+
+    queries = [len(sequence.queries) for sequence in sequences]
+    keys = [len(sequence.keys) for sequence in sequences]
+    places = np.concatenate([sequence.keys for sequence in sequences])
+    return Ragged(torch.from_numpy(places).to(device), ends(queries), ends(keys), max(queries), max(keys))
+
+
+def padded(trees: Sequence[Tree], device: torch.device) -> Padded:
+    """The layout of a packed row that holds `trees` in this order, for any device and type."""
     classes: dict[tuple[bool, int, int], list[_Sequence]] = {}
     for sequence in _sequences(trees):
         same = sequence.queries is sequence.keys
@@ -85,7 +117,7 @@ def layout(trees: Sequence[Tree], device: torch.device) -> Layout:
         done += queries.size
         mask = None if same else _mask(members, queries.shape[1], keys.shape[1]).to(device)
         blocks.append(Block(torch.from_numpy(queries).to(device), torch.from_numpy(keys).to(device), mask))
-    return Layout(tuple(blocks), torch.from_numpy(scatter).to(device))
+    return Padded(tuple(blocks), torch.from_numpy(scatter).to(device))
 
 
 def _sequences(trees: Sequence[Tree]) -> Iterable[_Sequence]:
@@ -140,21 +172,49 @@ def packed_attention(
     if asked or attention_mask is not None:
         raise NotPackableError(f"{type(module).__name__} asks for {', '.join(asked) or 'a mask'}")
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if isinstance(packed_layout, Ragged):
+        return _ragged_attention(queries, keys, values, packed_layout, scaling)[None], None
+    return _padded_attention(queries, keys, values, packed_layout, scaling)[None], None
+
+
+def _ragged_attention(queries: Tensor, keys: Tensor, values: Tensor, layout: Ragged, scale: float | None) -> Tensor:
+    """[N, heads, dim] and [N, key heads, dim] -> [N, heads, dim]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 groups heads without being asked
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    output: Tensor = varlen_attn(  # type: ignore[assignment]
+        queries.contiguous(),
+        keys[layout.keys],
+        values[layout.keys],
+        layout.query_ends,
+        layout.key_ends,
+        layout.longest_query,
+        layout.longest_key,
+        scale=scale,
+        window_size=(-1, 0),
+        **grouped,
+    )
+    return output
+
+
+def _padded_attention(queries: Tensor, keys: Tensor, values: Tensor, layout: Padded, scale: float | None) -> Tensor:
+    """[N, heads, dim] and [N, key heads, dim] -> [N, heads, dim]."""
     outputs = []
-    for block in packed_layout.blocks:
-        mask = None if block.mask is None else block.mask.to(query.dtype)
+    for block in layout.blocks:
+        mask = None if block.mask is None else block.mask.to(queries.dtype)
         out = F.scaled_dot_product_attention(
             queries[block.queries].transpose(1, 2),
             keys[block.keys].transpose(1, 2),
             values[block.keys].transpose(1, 2),
             attn_mask=mask,
             is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            scale=scale,
+            enable_gqa=queries.shape[1] != keys.shape[1],
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return flat[packed_layout.scatter].unsqueeze(0), None
+    return flat[layout.scatter]
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -96,6 +96,15 @@ def save_file(tensors: dict[str, Tensor], path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def names(folder: Path, stem: str) -> list[str]:
+    """The names of all tensors that a `Writer` wrote under a stem."""
+    found: list[str] = []
+    for path in sorted(folder.glob(f"{stem}-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found.extend(file.keys())
+    return found
+
+
 def read(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:
     """What a `Writer` wrote, one tensor after another, on the CPU."""
     for path in sorted(folder.glob(f"{stem}-*.safetensors")):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from miles_core.errors import UserError
 from miles_core.sample import Batch
@@ -37,6 +38,7 @@ def load(path: Path, seed: int) -> Any:
     A folder without weights gives random ones made from `seed`, the same on every rank. Evaluation mode stays: with
     dropout, old and new log-probabilities of the same weights would differ.
     """
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     config = AutoConfig.from_pretrained(str(path))
     if path.is_dir() and not any(path.glob("*.safetensors")):
         if any(path.glob("*.bin")):
@@ -85,8 +87,8 @@ class MicroBatch:
     layout: attention_packed.Layout
 
     @classmethod
-    def build(cls, packed: Packed, device: torch.device) -> MicroBatch:
-        """Copies the indices to the device, once."""
+    def build(cls, packed: Packed, device: torch.device, *, ragged: bool = False) -> MicroBatch:
+        """Copies the indices to the device, once. ragged: for `attention_packed.Ragged`."""
 
         def move(index: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
             return torch.from_numpy(index).to(device)
@@ -98,7 +100,7 @@ class MicroBatch:
             sources=move(packed.sources),
             targets=move(packed.targets),
             segments=move(packed.segments),
-            layout=attention_packed.layout(packed.trees, device),
+            layout=(attention_packed.ragged if ragged else attention_packed.padded)(packed.trees, device),
         )
 
 
@@ -160,6 +162,7 @@ class Policy(nn.Module):
 
     def _padded(self, micro: MicroBatch) -> tuple[Tensor, type]:
         """The same from rows padded at the end; as the model is causal, the padding needs no mask."""
+        assert isinstance(micro.layout, attention_packed.Padded)
         outputs = [self.model.base_model(input_ids=micro.tokens[0, block.queries]) for block in micro.layout.blocks]
         hidden = torch.cat([output.last_hidden_state.flatten(0, 1) for output in outputs])
         return hidden[micro.layout.scatter], type(outputs[0])

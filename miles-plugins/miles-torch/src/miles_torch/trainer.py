@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from miles_core.errors import RunError, UserError
 from miles_core.roles import Bucket, BucketLayout, LossInputs, LossOutputs, Segments, TrainerContext, TrainStage
 from miles_core.sample import Batch
 from miles_torch import checkpoint, export, optimizer, sharding
-from miles_torch.metrics import Sums
+from miles_torch.metrics import Sums, report, summary
 from miles_torch.model import MicroBatch, Policy, checkpoint_activations, load, weights
 from miles_torch.options import TrainerOptions
 from miles_torch.packing import Packed, describe, plan
@@ -44,8 +45,13 @@ _FIELDS = {
 }
 """Batch column -> field of `LossInputs`."""
 
-_NOT_MEANS = ("loss",)
-"""Sums that are reported as they are; all others are means over tokens."""
+
+class _Forward(NamedTuple):
+    """What a micro-batch gave, kept until it is known that all is finite. logprobs, losses: [T]."""
+
+    packed: Packed
+    logprobs: Tensor
+    losses: Tensor
 
 
 class TorchTrainer:
@@ -54,6 +60,7 @@ class TorchTrainer:
     def __init__(self, options: TrainerOptions, context: TrainerContext) -> None:
         self.options, self.context = options, context
         self._reference: Policy | None = None
+        self._optimizer: torch.optim.AdamW | None = None
         self._steps = 0
 
     # ---- Life ------------------------------------------------------------------------------------------------
@@ -72,6 +79,8 @@ class TorchTrainer:
             context.hooks.model_built(context=context, model=model)
         if context.reference:
             self._reference = copy.deepcopy(self._policy).requires_grad_(False)
+            for parameter in self._reference.parameters():
+                parameter.data = parameter.data.to(getattr(torch, options.dtype))  # what it computes in anyway
         if options.activation_checkpointing:
             checkpoint_activations(model)
         for policy in filter(None, (self._policy, self._reference)):
@@ -113,7 +122,7 @@ class TorchTrainer:
     def _move(self, device: torch.device) -> None:
         for policy in filter(None, (self._policy, self._reference)):
             policy.to(device)
-        for state in self._optimizer.state.values():
+        for state in self._optimizer.state.values() if self._optimizer else ():
             for name, tensor in state.items():
                 state[name] = tensor.to(device)
 
@@ -130,7 +139,7 @@ class TorchTrainer:
         with torch.no_grad():
             for samples in _minibatches(batch):
                 for packed in self._plan(batch, samples):
-                    logprobs, _ = policy(MicroBatch.build(packed, self._device), _temperature(batch))
+                    logprobs, _ = policy(self._micro(packed), _temperature(batch))
                     if not packed.dummy:
                         column[torch.from_numpy(packed.rows)] = logprobs.cpu()
         sharding.reshard(policy)
@@ -152,45 +161,41 @@ class TorchTrainer:
             raise ValueError(f"{count} optimizer steps on a batch need its column old_logprobs")
         reports: list[dict[str, float]] = []
         for number in range(count):
-            first = not any(report["tokens"] for report in reports)
+            first = not any(done["tokens"] for done in reports)
             reports.append(self._optimizer_step(batch, minibatches[number % len(minibatches)], step, first=first))
-        return _summary(reports, passes)
+        return summary(reports, passes)
 
     def _optimizer_step(self, batch: Batch, samples: Sequence[int], step: int, *, first: bool) -> dict[str, float]:
-        hooks, context, model = self.context.hooks, self.context, self._policy.model
+        hooks, context, model, adamw = self.context.hooks, self.context, self._policy.model, self._optimizer
+        assert adamw is not None, "no stage has begun"
         options = self._stage_options.optimizer
         rate = optimizer.learning_rate(options, self._steps, self._stage.optimizer_steps)
-        for group in self._optimizer.param_groups:
+        for group in adamw.param_groups:
             group["lr"] = rate
         if hooks is not None:
-            hooks.before_train_step(context=context, step=step, model=model, optimizer=self._optimizer, batch=batch)
+            hooks.before_train_step(context=context, step=step, model=model, optimizer=adamw, batch=batch)
         started = time.perf_counter()
         sums = Sums(self._device)
-        for packed in self._plan(batch, samples):
-            self._forward_backward(batch, packed, sums, first=first)
-        reduced = sums.reduce()
-        metrics = {
-            name: total if name in _NOT_MEANS else total / count for name, (total, count) in reduced.items() if count
-        }
-        metrics["tokens"] = reduced["loss"][1] if reduced else 0.0
+        forwards = [self._forward_backward(batch, packed, sums, first=first) for packed in self._plan(batch, samples)]
+        metrics = report(sums.reduce())
+        if not math.isfinite(metrics["loss"]):
+            raise RunError(self._not_finite(batch, forwards))
         metrics["train_seconds"] = time.perf_counter() - started
         metrics["learning_rate"] = rate
         metrics["grad_norm"] = self._clip(options.max_grad_norm, step)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        adamw.step()
+        adamw.zero_grad()
         self._steps += 1
         if hooks is not None:
-            hooks.after_train_step(context=context, step=step, model=model, optimizer=self._optimizer, metrics=metrics)
+            hooks.after_train_step(context=context, step=step, model=model, optimizer=adamw, metrics=metrics)
         return metrics
 
-    def _forward_backward(self, batch: Batch, packed: Packed, sums: Sums, *, first: bool) -> None:
-        micro = MicroBatch.build(packed, self._device)
+    def _forward_backward(self, batch: Batch, packed: Packed, sums: Sums, *, first: bool) -> _Forward:
+        micro = self._micro(packed)
         logprobs, entropy = self._policy(micro, _temperature(batch), self._stage.entropy)
         outputs = self._loss(batch, micro, logprobs, entropy)
         weighted = outputs.losses * self._column(batch, "weights", packed)
         objective = weighted.sum()
-        if not torch.isfinite(objective):
-            raise RunError(_not_finite(batch, packed, logprobs, outputs.losses))
         (objective * 0.0 if packed.dummy else objective).backward()  # type: ignore[no-untyped-call]
         counts = not packed.dummy
         sums.add("loss", weighted, count=counts)
@@ -204,6 +209,16 @@ class TorchTrainer:
             difference = (logprobs.detach() - rollout)[generated]
             sums.add("mismatch/logprob_abs", difference.abs(), count=counts)
             sums.add("mismatch/kl", difference.exp() - 1 - difference, count=counts)
+        return _Forward(packed, logprobs.detach(), outputs.losses.detach())
+
+    def _not_finite(self, batch: Batch, forwards: Sequence[_Forward]) -> str:
+        """What to say of a loss that is not finite: where it first is not, on the first rank that has such a token."""
+        found = [next(filter(None, (_first_not_finite(batch, forward) for forward in forwards)), None)]
+        if self.context.world_size > 1:
+            own, found = found[0], [None] * self.context.world_size
+            dist.all_gather_object(found, own)
+        where = next(filter(None, found), "the weights times the losses overflow")
+        return f"{where}; the loss is not finite and the step was not taken."
 
     def _loss(self, batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy: Tensor | None) -> LossOutputs:
         needs = self._stage.needs & _FIELDS.keys()
@@ -245,6 +260,10 @@ class TorchTrainer:
             share=self._policy.packed,
         )[self.context.rank]
 
+    def _micro(self, packed: Packed) -> MicroBatch:
+        half = self.options.dtype == "bfloat16" and self._device.type == "cuda"
+        return MicroBatch.build(packed, self._device, ragged=half and self._policy.packed)
+
     def _column(self, batch: Batch, name: str, packed: Packed) -> Tensor:
         return torch.from_numpy(batch[name][packed.rows].astype(np.float32)).to(self._device)
 
@@ -278,8 +297,11 @@ class TorchTrainer:
         if record["stage"] != self._stage.name:
             raise UserError(f"{folder} was saved in stage {record['stage']!r}, not {self._stage.name!r}.")
         self._steps = int(record["optimizer_steps"])
-        if self._steps:
-            for parameter in self._policy.parameters():
+        saved = {name.rpartition("/")[0] for name in checkpoint.names(folder, "optimizer")}
+        assert self._optimizer is not None, "no stage has begun"
+        self._optimizer.state.clear()
+        for name, parameter in self._policy.model.named_parameters():
+            if name in saved:  # a parameter has moments once it has had a gradient
                 self._optimizer.state[parameter] = {
                     "step": torch.zeros((), device=self._device),
                     "exp_avg": torch.zeros_like(parameter),
@@ -293,6 +315,7 @@ class TorchTrainer:
 
     def _stored(self) -> dict[str, dict[str, Tensor]]:
         """File stem -> the live tensors that a checkpoint holds."""
+        assert self._optimizer is not None, "no stage has begun"
         stored = {"weights": weights(self._policy.model), "optimizer": {}}
         for name, parameter in self._policy.model.named_parameters():
             for moment, tensor in self._optimizer.state.get(parameter, {}).items():
@@ -326,39 +349,16 @@ def _temperature(batch: Batch) -> float:
     return batch.temperature or 1.0
 
 
-def _not_finite(batch: Batch, packed: Packed, logprobs: Tensor, losses: Tensor) -> str:
+def _first_not_finite(batch: Batch, forward: _Forward) -> str | None:
     """Names the first trained token of a micro-batch at which something is not finite."""
-    bad = torch.nonzero(~(torch.isfinite(logprobs) & torch.isfinite(losses)))
-    place = int(bad[0]) if len(bad) else 0
-    row = int(packed.rows[place])
+    bad = torch.nonzero(~(torch.isfinite(forward.logprobs) & torch.isfinite(forward.losses)))
+    if not len(bad):
+        return None
+    place = int(bad[0])
+    row = int(forward.packed.rows[place])
     sample = int(np.searchsorted(batch.cu_seqlens, row, side="right")) - 1
     token = row - int(batch.cu_seqlens[sample])
     return (
-        f"sample {describe(batch, sample)}, token {token} (id {int(packed.targets[place])}): log-probability "
-        f"{logprobs[place].item():g}, loss {losses[place].item():g}, weight {float(batch['weights'][row]):g}; "
-        "the sum of the losses is not finite and the step was not taken."
+        f"sample {describe(batch, sample)}, token {token} (id {int(forward.packed.targets[place])}): "
+        f"log-probability {forward.logprobs[place].item():g}, loss {forward.losses[place].item():g}"
     )
-
-
-def _summary(reports: Sequence[Mapping[str, float]], passes: int) -> dict[str, float]:
-    """One report of several optimizer steps: means over tokens, or over steps for what a step has once."""
-    if not reports:
-        return {}
-    tokens = [report["tokens"] for report in reports]
-    summary: dict[str, float] = {}
-    for name in {name: None for report in reports for name in report}:
-        known = [(report[name], weight) for report, weight in zip(reports, tokens, strict=True) if name in report]
-        values = [value for value, _ in known]
-        if name in ("loss", "grad_norm"):
-            summary[name] = sum(values) / len(values)
-        elif name == "tokens":
-            summary[name] = sum(values) / passes
-        elif name == "train_seconds":
-            summary[name] = sum(values)
-        elif name == "learning_rate":
-            summary[name] = values[-1]
-        else:
-            summary[name] = sum(value * weight for value, weight in known) / max(
-                1.0, sum(tokens_ for _, tokens_ in known)
-            )
-    return summary
