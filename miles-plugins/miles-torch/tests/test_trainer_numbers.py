@@ -27,9 +27,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_equal_those_of_each_sample_alone(folder, temperature):
+@pytest.mark.parametrize("prompts_trained", [False, True])
+def test_logprobs_equal_those_of_each_sample_alone(folder, temperature, prompts_trained):
     trainer = make_trainer(folder)
     batch = make_batch(temperature=temperature)
+    if prompts_trained:
+        everything = np.ones(batch.tokens_total, np.bool_)
+        everything[batch.cu_seqlens[:-1]] = False
+        batch = batch.with_columns(mask=everything)
     column = trainer.logprobs(batch, "policy", 0)
     assert trainer._policy.packed
     model = plain_model(folder, exported(trainer))
