@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,13 +35,22 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in _anchors(path), f"{page} links to {target}#{anchor}"
 
 
+def _fault(language: str, text: str) -> str:
+    """Why an example in that language is not valid, else nothing. Languages without a parser here are not looked at."""
+    parsers: dict[str, Callable[[str], object]] = {"python": ast.parse, "toml": tomllib.loads, "json": json.loads}
+    parse = parsers.get(language)
+    try:
+        if parse is not None:
+            parse(text)
+    except (SyntaxError, ValueError) as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_examples_are_valid(page: Path) -> None:
-    for language, text in _FENCE.findall((ROOT / page).read_text()):
-        if language == "python":
-            ast.parse(text)
-        elif language == "toml":
-            tomllib.loads(text)
+    faults = {text: _fault(language, text) for language, text in _FENCE.findall((ROOT / page).read_text())}
+    assert not {text: fault for text, fault in faults.items() if fault}
 
 
 def test_readme_lists_every_distribution() -> None:
