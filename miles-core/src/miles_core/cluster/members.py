@@ -1,17 +1,25 @@
 """The long-lived processes of a run, as classes that Ray makes actors of: trainer ranks, engines, the collector.
 
-Each writes what it prints to its own log, loads exactly the driver's plugins, and builds its component.
+Each writes what it prints to its own log, loads exactly the driver's plugins, and builds its component. Constructors
+only take notes, because Ray loses the type of what a constructor raises; `enter` is the first call.
+
+What a method raises leaves the process as a `UserError` or a `RunError` that carries the traceback as text: any other
+exception may not survive the way, and Ray's account of it is longer than it is helpful.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import faulthandler
+import functools
+import inspect
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +27,7 @@ import ray
 
 from miles_core.cluster.engine_pool import EnginePool
 from miles_core.config.schema import Plan
+from miles_core.errors import RunError, UserError
 from miles_core.lifecycle import Role, lifecycle
 from miles_core.plugins import load_exact, resolve
 from miles_core.roles import BucketLayout, EngineContext, PauseMode, TrainerContext
@@ -26,17 +35,6 @@ from miles_core.run.collector import Collected, Collector
 from miles_core.run.objective import train_stage
 from miles_core.sample import Batch, Completion, Request
 from miles_core.specs import CallbackSpec, WeightSyncSpec
-
-
-def _enter(log: Path, plan: Plan) -> None:
-    """The first thing in every member: its output goes to its log, its plugins are the driver's."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-        os.dup2(descriptor, stream.fileno())
-    faulthandler.enable()
-    load_exact(plan.plugin_set)
 
 
 def hooks_of(plan: Plan, role: Role) -> Any:
@@ -56,13 +54,80 @@ def _sync_spec(plan: Plan) -> WeightSyncSpec:
     return plan.sync.spec
 
 
-class TrainerMember:
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+"""What a disk refuses with; the traceback of such an error helps nobody."""
+
+
+def failure(error: Exception, name: str, method: str, log: Path) -> UserError | RunError:
+    """What went wrong in a member, as an error for people, which also goes into the member's log."""
+    trace = "".join(traceback.format_exception(error))
+    sys.stderr.write(trace)
+    sys.stderr.flush()
+    if isinstance(error, UserError | RunError):
+        return error
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return RunError(f"{name} cannot write {error.filename or 'a file'}: {error.strerror}")
+    return RunError(f"{name} failed in {method}: {type(error).__name__}: {error} (log: {log})", cause=trace)
+
+
+def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, with its exceptions made to travel."""
+    if inspect.iscoroutinefunction(method):
+
+        @functools.wraps(method)
+        async def awaited(self: _Process, *args: Any) -> Any:
+            try:
+                return await method(self, *args)
+            except Exception as error:
+                raise failure(error, self.name, method.__name__, self.log) from None
+
+        return awaited
+
+    @functools.wraps(method)
+    def called(self: _Process, *args: Any) -> Any:
+        try:
+            return method(self, *args)
+        except Exception as error:
+            raise failure(error, self.name, method.__name__, self.log) from None
+
+    return called
+
+
+class _Process:
+    """What all members have. The public methods of its subclasses are guarded."""
+
+    def __init__(self, name: str, log: Path, plan: Plan) -> None:
+        self.name, self.log, self.plan = name, log, plan
+
+    def __init_subclass__(cls) -> None:
+        for name, item in list(vars(cls).items()):
+            if inspect.isfunction(item) and not name.startswith("_"):
+                setattr(cls, name, _guarded(item))
+
+    def _enter(self) -> None:
+        """The process's output goes to its log, its plugins are the driver's."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(descriptor, stream.fileno())
+        faulthandler.enable()
+        load_exact(self.plan.plugin_set)
+
+
+class TrainerMember(_Process):
     """One trainer rank."""
 
-    def __init__(self, log: Path, plan: Plan, rank: int) -> None:
-        _enter(log, plan)
-        self.plan, self.rank = plan, rank
+    def __init__(self, name: str, log: Path, plan: Plan, rank: int) -> None:
+        super().__init__(name, log, plan)
+        self.rank = rank
+        self.trainer: Any = None
         self.sender: Any = None
+
+    def enter(self) -> None:
+        """Prepares the process and imports the trainer."""
+        self._enter()
+        self._build = resolve(self.plan.trainer.spec.ref)
 
     def address(self) -> str:
         """A free meeting point for the trainer ranks, on rank 0's machine."""
@@ -85,7 +150,7 @@ class TrainerMember:
             timeout_s=self.plan.cluster.deadline_s,
             hooks=hooks_of(self.plan, "trainer"),
         )
-        self.trainer = resolve(self.plan.trainer.spec.ref)(self.plan.stages[0].trainer.options, self.context)
+        self.trainer = self._build(self.plan.stages[0].trainer.options, self.context)
         self.trainer.start()
 
     def begin(self, stage: int) -> None:
@@ -127,37 +192,53 @@ class TrainerMember:
         """The policy for transformers."""
         self.trainer.save_pretrained(folder)
 
+    def close(self) -> None:
+        """Ends what it has started."""
+        if self.sender is not None:
+            self.sender.close()
+        if self.trainer is not None:
+            self.trainer.stop()
+
 
 Finished = tuple[str, list[Completion] | BaseException]
 """A request's id, and its completions or why there are none."""
 
 
-class EngineMember:
+class EngineMember(_Process):
     """One engine. Requests come by `submit`, results leave by `take`, many in one answer."""
 
-    def __init__(self, log: Path, plan: Plan, index: int, model: Path) -> None:
-        _enter(log, plan)
+    def __init__(self, name: str, log: Path, plan: Plan, index: int, model: Path) -> None:
+        super().__init__(name, log, plan)
+        self.index, self.model = index, model
+        self.engine: Any = None
+        self.receiver: Any = None
+        self.finished: list[Finished] = []
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    async def enter(self) -> None:
+        """Prepares the process and imports the engine."""
+        assert self.plan.engine is not None
+        self._enter()
+        self.news = asyncio.Event()
+        self._build = resolve(self.plan.engine.spec.ref)
+
+    async def start(self) -> None:
+        """Builds the engine and brings it up."""
+        plan = self.plan
         assert plan.engine is not None
         assert plan.engine_section is not None
-        self.plan = plan
         self.context = EngineContext(
-            model=model,
-            index=index,
+            model=self.model,
+            index=self.index,
             gpus=plan.engine_section.gpus,
             threads=plan.engine_section.threads,
             dtype=plan.model.dtype,
             max_tokens=plan.model.max_tokens,
             seed=plan.seed,
-            folder=log.parent,
+            folder=self.log.parent,
             hooks=hooks_of(plan, "rollout"),
         )
-        self.engine = resolve(plan.engine.spec.ref)(plan.engine.options, self.context)
-        self.finished: list[Finished] = []
-        self.news = asyncio.Event()
-        self.tasks: set[asyncio.Task[None]] = set()
-
-    async def start(self) -> None:
-        """Brings the engine up."""
+        self.engine = self._build(plan.engine.options, self.context)
         await self.engine.start()
 
     async def connect_sync(self, address: str, engines: int, layout: Sequence[BucketLayout]) -> None:
@@ -187,7 +268,8 @@ class EngineMember:
                 self.finished.append((name, completions))
                 self.news.set()
         except Exception as error:
-            self.finished.extend((name, error) for name in left)
+            reason = failure(error, self.name, "generate", self.log)
+            self.finished.extend((name, reason) for name in left)
             self.news.set()
 
     async def take(self, patience_s: float) -> tuple[list[Finished], float]:
@@ -200,14 +282,27 @@ class EngineMember:
         taken, self.finished = self.finished, []
         return taken, self.engine.busy_seconds
 
+    async def close(self) -> None:
+        """Ends what it has started."""
+        if self.receiver is not None:
+            self.receiver.close()
+        if self.engine is not None:
+            await self.engine.stop()
 
-class CollectorMember:
+
+class CollectorMember(_Process):
     """The collector: data, rollouts, rewards, filters, advantages."""
 
-    def __init__(self, log: Path, plan: Plan, model: Path, engines: Sequence[tuple[str, Any, Path]]) -> None:
-        _enter(log, plan)
-        self.pool = EnginePool(engines, plan.cluster.deadline_s) if engines else None
-        self.collector = Collector(plan, model, self.pool)
+    def __init__(self, name: str, log: Path, plan: Plan, model: Path, engines: Sequence[tuple[str, Any, Path]]) -> None:
+        super().__init__(name, log, plan)
+        self.model, self.engines = model, engines
+        self.collector: Any = None
+
+    async def enter(self) -> None:
+        """Prepares the process and what needs no engine: all that can be wrong with the data is found here."""
+        self._enter()
+        pool = EnginePool(self.engines, self.plan.cluster.deadline_s) if self.engines else None
+        self.collector = await asyncio.to_thread(Collector, self.plan, self.model, pool)
 
     async def begin(self, stage: int, step: int, folder: Path | None) -> None:
         """A stage starts, or goes on from a checkpoint."""
@@ -227,7 +322,8 @@ class CollectorMember:
 
     async def evaluate(self, step: int) -> dict[str, float]:
         """Metrics of an evaluation."""
-        return await self.collector.evaluate(step)
+        metrics: dict[str, float] = await self.collector.evaluate(step)
+        return metrics
 
     async def save(self, folder: Path) -> None:
         """Everything that `begin` needs to go on."""
@@ -235,4 +331,5 @@ class CollectorMember:
 
     async def close(self) -> None:
         """Ends the reward workers."""
-        self.collector.close()
+        if self.collector is not None:
+            await asyncio.to_thread(self.collector.close)

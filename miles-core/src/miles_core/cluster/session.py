@@ -1,21 +1,24 @@
 """A run's Ray session: it starts or joins a cluster, reserves the resources, starts members, and waits for them.
 
 Every wait has a deadline and, past it, says who is late and where that member's log is. A member's own exception
-reaches the driver as it was raised, with the member's traceback, not as "the actor died".
+reaches the driver as it was raised, with the member's traceback (`miles_core.cluster.members`), not as "the actor
+died".
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -24,6 +27,14 @@ from miles_core.errors import RunError, UserError
 
 LOG_TAIL = 25
 """Lines of a dead member's log that an error shows."""
+GRACE_S = 3.0
+"""How long a failure waits for the news that another member has died, which would be its cause."""
+CLOSE_S = 5.0
+"""How long members may take to end by themselves before they are killed."""
+
+
+class MemberDiedError(RunError):
+    """A member's process is gone."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,10 @@ class Member:
     name: str
     actor: Any
     log: Path
+
+
+Call = tuple[Member, str, tuple[Any, ...]]
+"""A member, its method, and the arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +91,24 @@ class Session:
 
     def _connect(self) -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a member without GPUs still sees the host's
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+        logging.getLogger("ray").setLevel(logging.ERROR)
         common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+        terminated = signal.getsignal(signal.SIGTERM)
         try:
             if self.local:
                 cpus = max(os.cpu_count() or 1, sum(place.cpus for place in self._places.values()))
-                ray.init(num_cpus=cpus, include_dashboard=False, **common)
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
             else:
                 ray.init(address=self._address, **common)
         except (ConnectionError, ValueError) as error:
+            if self.local:
+                raise
             raise UserError(f"cluster.address = {self._address!r}: no Ray cluster answers there: {error}") from error
+        finally:
+            signal.signal(signal.SIGTERM, terminated)  # Ray's own would leave without ending the members
+        # Ray prints what it has to say of a dead worker on standard output; we say it ourselves, with the log's end.
+        ray._private.worker._worker_logs_enabled = False
 
     def _check_resources(self) -> None:
         have = ray.cluster_resources()
@@ -102,14 +126,14 @@ class Session:
         return f"{cpus} CPUs" + (f" and {gpus} GPUs" if gpus else "")
 
     def spawn(self, cls: type, name: str, *args: Any) -> Member:
-        """A member of class `cls`, built in a process of its own as `cls(log, *args)`."""
+        """A member of class `cls`, built in a process of its own as `cls(name, log, *args)`."""
         place = self._places[name]
         log = self._logs / f"{name.replace(' ', '-')}.log"
         strategy = PlacementGroupSchedulingStrategy(
             placement_group=self._group, placement_group_bundle_index=list(self._places).index(name)
         )
         options = {"num_cpus": place.cpus, "num_gpus": place.gpus, "scheduling_strategy": strategy, "max_restarts": 0}
-        member = Member(name, ray.remote(cls).options(**options).remote(log, *args), log)
+        member = Member(name, ray.remote(cls).options(**options).remote(name, log, *args), log)
         self.members.append(member)
         return member
 
@@ -123,32 +147,77 @@ class Session:
         """What all members answer, or the first failure."""
         return await self.gather([(member, method, args) for member in members], deadline_s=deadline_s)
 
-    async def gather(
-        self, calls: Sequence[tuple[Member, str, tuple[Any, ...]]], deadline_s: float | None = None
-    ) -> list[Any]:
+    async def gather(self, calls: Sequence[Call], deadline_s: float | None = None) -> list[Any]:
         """The answers to several calls made at once, or the first failure."""
         limit = deadline_s or self.deadline_s
         futures = [
             asyncio.wrap_future(getattr(member.actor, method).remote(*args).future()) for member, method, args in calls
         ]
-        done, _ = await asyncio.wait(futures, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
-        for future, (member, method, _) in zip(futures, calls, strict=True):
-            if future in done and (error := future.exception()) is not None:
-                raise translated(error, member, method) from error
-        late = [call for future, call in zip(futures, calls, strict=True) if future not in done]
+        for future in futures:
+            future.add_done_callback(_heard)
+        done, pending = await asyncio.wait(futures, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
+        await _raise_failure(dict(zip(futures, calls, strict=True)), done, pending)
+        late = [call for future, call in zip(futures, calls, strict=True) if future in pending]
         if late:
             names = "; ".join(f"{member.name} in {method} (log: {member.log})" for member, method, _ in late)
-            raise RunError(f"late by more than {limit:g} s (cluster.deadline_s): {names}")
+            raise RunError(f"no answer within {limit:g} s (cluster.deadline_s): {names}")
         return [future.result() for future in futures]
 
-    def stop(self) -> None:
-        """Ends all members and leaves the cluster; a local one ends with it. Never raises."""
+    async def stop(self) -> None:
+        """Ends all members and leaves the cluster; a local one ends with it.
+
+        Members are asked to end what they have started; those that do not answer within `CLOSE_S` are killed.
+        """
+        try:
+            closing = [asyncio.wrap_future(member.actor.close.remote().future()) for member in self.members]
+            for future in closing:
+                future.add_done_callback(_heard)
+            if closing:
+                await asyncio.wait(closing, timeout=CLOSE_S)
+        finally:
+            self._kill()
+
+    def _kill(self) -> None:
         for member in self.members:
             ray.kill(member.actor)
         self.members.clear()
         if self._group is not None:
-            remove_placement_group(self._group)
+            with contextlib.suppress(Exception):  # the cluster itself may be what failed
+                remove_placement_group(self._group)
+            self._group = None
         ray.shutdown()
+
+
+async def _raise_failure(
+    calls: Mapping[asyncio.Future[Any], Call], done: set[asyncio.Future[Any]], pending: set[asyncio.Future[Any]]
+) -> None:
+    """Raises the failure of a call that is done, if there is one.
+
+    When a process dies, those that were connected to it fail too, and may be heard first; so a failure waits for a
+    moment, and a death goes before all others.
+    """
+    failures = _failures(calls, done)
+    until = asyncio.get_running_loop().time() + GRACE_S
+    while failures and pending and not any(isinstance(error, MemberDiedError) for error in failures):
+        left = until - asyncio.get_running_loop().time()
+        done, pending = await asyncio.wait(pending, timeout=max(left, 0.0), return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            break
+        failures += _failures(calls, done)
+    if failures:
+        raise next((error for error in failures if isinstance(error, MemberDiedError)), failures[0])
+
+
+def _failures(calls: Mapping[asyncio.Future[Any], Call], done: set[asyncio.Future[Any]]) -> list[BaseException]:
+    """What went wrong in the calls that are done, in the order of the calls."""
+    failed = [(future.exception(), call) for future, call in calls.items() if future in done]
+    return [translated(error, member, method) for error, (member, method, _) in failed if error is not None]
+
+
+def _heard(future: asyncio.Future[Any]) -> None:
+    """A failure that nobody waits for any more is no news."""
+    if not future.cancelled():
+        future.exception()
 
 
 def put(value: Any) -> Any:
@@ -158,16 +227,14 @@ def put(value: Any) -> Any:
 
 def translated(error: BaseException, member: Member, method: str) -> BaseException:
     """A member's failure as an error for people."""
-    if isinstance(error, RayTaskError):
-        cause = error.cause
-        if isinstance(cause, (UserError, RunError)):
-            return cause
-        text = f"{type(cause).__name__}: {cause}" if cause is not None else str(error)
-        return RunError(f"{member.name} failed in {method}: {text} (log: {member.log})", cause=error.traceback_str)
-    if isinstance(error, (RayActorError, ActorDiedError)):
-        return RunError(
+    if isinstance(error, RayTaskError) and isinstance(error.cause, (UserError, RunError)):
+        return error.cause
+    if isinstance(error, RayActorError) and not error.actor_init_failed:
+        return MemberDiedError(
             f"{member.name} died in {method}; the last lines of its log, {member.log}:\n{_tail(member.log)}"
         )
+    if isinstance(error, RayError):  # something of Ray's, before or after the member's own code
+        return RunError(f"{member.name} failed in {method} (log: {member.log})", cause=str(error))
     return error
 
 

@@ -86,7 +86,11 @@ class Collector:
         self.clock = Clock()
         self._scorers: dict[int, Scorer] = {}
         self._changed = asyncio.Event()
-        self._evaluator: Producer | None = None
+        # All at once, so that what is wrong with the data of a later stage does not come out after hours.
+        self._producers = [self._producer(stage) for stage in range(len(plan.stages))]
+        self._filters: list[list[Filter]] = [[built(one) for one in stage.filters] for stage in plan.stages]
+        evaluated = self._evaluation_stage()
+        self._evaluator = None if evaluated is None else self._producer(evaluated, evaluation=True)
 
     # ---- Stages ------------------------------------------------------------------------------------------------
 
@@ -96,11 +100,23 @@ class Collector:
         keep = {stage, self._evaluation_stage()}
         for index in [index for index in self._scorers if index not in keep]:
             self._scorers.pop(index).close()
-        self.producer = Producer(self.plan, self.stage, self.tokenizer, self.engines, self._scorer(stage), self.clock)
-        self.filters: list[Filter] = [built(one) for one in self.stage.filters]
+        self.producer, self.filters = self._producers[stage], self._filters[stage]
+        self.producer.scorer = self._scorer(stage)
         self.progress = _Progress(version=step - self.stage.first_step)
         if folder is not None:
             self._restore(folder)
+
+    def _producer(self, index: int, *, evaluation: bool = False) -> Producer:
+        """Of one stage; the reward workers are given to it when they are needed."""
+        return Producer(
+            self.plan,
+            self.plan.stages[index],
+            self.tokenizer,
+            self.engines,
+            self.clock,
+            split="eval" if evaluation else "train",
+            temperature=self.plan.evaluation.temperature if evaluation else None,
+        )
 
     def _scorer(self, stage: int) -> Scorer | None:
         """The reward workers of a stage, started when they are first needed."""
@@ -256,17 +272,8 @@ class Collector:
         """Metrics of the weights of version `step` on the first prompts of the held-out split."""
         index, section = self._evaluation_stage(), self.plan.evaluation
         assert index is not None
-        if self._evaluator is None:
-            self._evaluator = Producer(
-                self.plan,
-                self.plan.stages[index],
-                self.tokenizer,
-                self.engines,
-                self._scorer(index),
-                self.clock,
-                split="eval",
-                temperature=section.temperature,
-            )
+        assert self._evaluator is not None
+        self._evaluator.scorer = self._scorer(index)
         size = self._evaluator.source.size
         count = section.prompts if size is None else min(section.prompts, size)
         prompts = [self._evaluator.draw(position) for position in range(count)]

@@ -76,6 +76,7 @@ class Run:
             self.session.start()  # on the main thread, where Ray sets its signal handlers
         with self.console.phase("starting trainer, engines and collector"):
             self._spawn()
+            await self.session.ask_all(self.session.members, "enter")  # bad data is refused before a GPU is touched
             await asyncio.gather(self._start_trainers(), self._start_engines())
             if self.engines:
                 await self._connect()
@@ -147,9 +148,9 @@ class Run:
             tracker.finish()
         self.hooks.run_end(run=self.info)
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Ends all members."""
-        self.session.stop()
+        await self.session.stop()
 
     # ---- The verbs of the loop -----------------------------------------------------------------------------------
 
@@ -326,7 +327,7 @@ async def drive(plan: Plan, model: Path, resumed: Checkpoint | None, console: Co
         run.hooks.run_end(run=run.info)
         raise
     finally:
-        run.stop()
+        await run.stop()
 
 
 def refuse_finished(plan: Plan, found: Checkpoint) -> None:

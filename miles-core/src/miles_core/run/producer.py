@@ -81,7 +81,10 @@ class _Context:
 
 
 class Producer:
-    """Makes scored groups of one stage and split. Runs in the collector, many groups at once."""
+    """Makes scored groups of one stage and split. Runs in the collector, many groups at once.
+
+    scorer: None as long as there is nothing to score, and then every reward is 0.
+    """
 
     def __init__(
         self,
@@ -89,7 +92,6 @@ class Producer:
         stage: Stage,
         tokenizer: Tokenizer,
         engines: Engines | None,
-        scorer: Scorer | None,
         clock: Clock,
         *,
         split: Literal["train", "eval"] = "train",
@@ -109,7 +111,8 @@ class Producer:
         self.context = _Context(
             tokenizer=tokenizer, sampling=sampling, max_tokens=plan.model.max_tokens, engines=engines, clock=clock
         )
-        self._scorer, self._clock = scorer, clock
+        self.scorer: Scorer | None = None
+        self._clock = clock
         self._seed = f"{plan.seed}/{stage.name}/{split}"
 
     def draw(self, position: int) -> Prompt:
@@ -121,11 +124,11 @@ class Producer:
         """`count` samples of a prompt, scored. The same run, stage, prompt and place give the same seed."""
         seeds = [self.seed(prompt.id, index) for index in range(count)]
         group = await self.rollout.run(prompt, seeds, self.context)
-        if self._scorer is None:
+        if self.scorer is None:
             return [replace(sample, reward=0.0) for sample in group]
         self._clock.enter("reward")
         try:
-            return await self._scorer.score(group)
+            return await self.scorer.score(group)
         finally:
             self._clock.leave("reward")
 
