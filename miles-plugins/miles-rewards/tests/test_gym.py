@@ -71,6 +71,20 @@ def test_prompts_are_the_questions_of_the_task_in_their_template() -> None:
 SMALL = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
 
+def test_a_prompt_may_put_single_values_of_the_metadata() -> None:
+    data = source(parameters={"max_terms": 3, "min_terms": 3}, prompt="{expression} =")
+    for prompt in take(data, 5):
+        entry = prompt.metadata["entry"]
+        assert prompt.text == f"{entry['metadata']['expression']} ="
+        assert prompt.text[:-2] in entry["question"]
+
+
+def test_a_prompt_that_says_nothing_of_the_problem_is_refused() -> None:
+    with pytest.raises(UserError, match=r"none of the problem's fields: question, .*expression"):
+        source(prompt="What is {problem}?")
+
+
+
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1), (5, 6)])
 def test_train_and_eval_never_share_a_question(seeds: tuple[int, int]) -> None:
     """With a few hundred different questions, random ones would meet at once."""

@@ -33,12 +33,14 @@ def miles_rewards() -> Iterable[RewardSpec]:
         name="reasoning-gym",
         ref="miles_rewards.gym:GymReward",
         options="miles_rewards.options:GymReward",
+        example="miles_rewards.examples:gym_reward",
         summary="The score that a reasoning-gym task's own verifier gives.",
     )
     yield RewardSpec(
         name="length-penalty",
         ref="miles_rewards.length:LengthPenalty",
         options="miles_rewards.options:LengthPenalty",
+        example="miles_rewards.examples:length_penalty",
         summary="0 up to a length, then falling to -1 at the longest (DAPO's soft overlong punishment).",
     )
 
@@ -50,6 +52,7 @@ def miles_data_sources() -> Iterable[DataSourceSpec]:
         name="reasoning-gym",
         ref="miles_rewards.gym:GymData",
         options="miles_rewards.options:GymData",
+        example="miles_rewards.examples:gym_data",
         answers=True,
         summary="Problems that a reasoning-gym task makes up, without end.",
     )

@@ -68,7 +68,7 @@ class GymData:
         for entry in self._candidates(position):
             if held_out(entry["question"], settings.holdout) != (self._context.split == "eval"):
                 continue
-            tokens, text = self._encoder.encode(settings.prompt.replace("{question}", entry["question"]))
+            tokens, text = self._encoder.encode(_asked(settings.prompt, entry))
             if len(tokens) > self._context.max_prompt_tokens:
                 self._warn(len(tokens))
                 continue
@@ -140,6 +140,21 @@ class GymReward:
         if key not in self._datasets:
             self._datasets[key] = make_dataset(task, parameters, seed=0, size=1)
         return self._datasets[key]
+
+
+def _asked(template: str, entry: Mapping[str, Any]) -> str:
+    """The template with its {fields} filled from a problem: its question, and what its metadata have in single values.
+
+    Raises `UserError` for a template that says nothing of the problem.
+    """
+    single = {name: value for name, value in entry["metadata"].items() if isinstance(value, (str, int, float))}
+    fields = {"question": entry["question"], **single}
+    used = [name for name in fields if f"{{{name}}}" in template]
+    if not used:
+        raise UserError(f"data.prompt = {template!r} has none of the problem's fields: {', '.join(map(str, fields))}")
+    for name in used:
+        template = template.replace(f"{{{name}}}", str(fields[name]))
+    return template
 
 
 def check_task(task: str, parameters: Mapping[str, Any]) -> None:

@@ -82,7 +82,8 @@ class LengthPenalty:
 class GymData:
     """task: a task of reasoning-gym, with `parameters`, the fields of its configuration. size: prompts before the same
     come again; None for no end. holdout: the fraction of questions, by content, that only evaluation asks.
-    prompt: how a question is put; chat, system: through the tokenizer's chat template. entry: whether the whole
+    prompt: how a problem is put, with "{question}" or single values of the problem's metadata, such as "{expression}";
+    chat, system: through the tokenizer's chat template. entry: whether the whole
     problem goes along for the reward `reasoning-gym`; without it only question and answer do.
     """
 
@@ -100,5 +101,3 @@ class GymData:
             raise ValueError(f"size must be at least 1, got {self.size}")
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout must be between 0 and 1, got {self.holdout}")
-        if "{question}" not in self.prompt:
-            raise ValueError(f'prompt must contain "{{question}}", got {self.prompt!r}')
