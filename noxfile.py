@@ -55,16 +55,27 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Mypy, strict for all sources; in tests, functions without annotations are left alone."""
     run(session, "mypy", *(str(member / "src") for member in MEMBERS), "benchmarks", "noxfile.py")
+    lenient = ("--allow-untyped-defs", "--allow-incomplete-defs", "--allow-untyped-calls", "--no-check-untyped-defs")
     # One run each, because tests of different distributions may have the same module name.
     for folder in (*(member / "tests" for member in MEMBERS), Path("tests"), Path("docs")):
         if any(folder.glob("*.py")):
-            run(session, "mypy", "--allow-untyped-defs", "--allow-incomplete-defs", "--allow-untyped-calls", folder)
+            run(session, "mypy", *lenient, folder)
 
 
 @nox.session(venv_backend="none", requires=["workspace"])
 def tests(session: nox.Session) -> None:
     """All tests; arguments go to pytest: `nox -s tests -- -k grpo`."""
     run(session, "pytest", *session.posargs)
+
+
+@nox.session(default=False, reuse_venv=True, requires=["workspace"])
+def oracles(session: nox.Session) -> None:
+    """Compare the algorithms with TRL, verl, OpenRLHF and AReaL, in an environment that lies over the workspace's."""
+    session.install("--no-deps", "-r", str(ROOT / "tests" / "oracles" / "requirements.txt"))
+    (above,) = Path(session.virtualenv.location).glob("lib/python*/site-packages")
+    (below,) = (session.cache_dir.parent.resolve() / "workspace").glob("lib/python*/site-packages")
+    (above / "workspace.pth").write_text(f"import site; site.addsitedir({str(below)!r})\n")
+    session.run("python", "-m", "pytest", "tests/oracles", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(venv_backend="none", requires=["workspace"])
