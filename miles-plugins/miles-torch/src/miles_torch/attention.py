@@ -38,7 +38,7 @@ _STRIDE = 16
 class KVCache:
     """Keys and values of R sequences, in static buffers that grow only when a longer or a wider wave is announced.
 
-    layers: layer index -> (keys [R, N, Hk, D], values [R, N, Hk, Dv]).
+    layers: layer index -> (keys [R, Hk, N, D], values [R, Hk, N, Dv]).
     """
 
     def __init__(self) -> None:
@@ -55,8 +55,8 @@ class KVCache:
             self.layers[index] = (self._grown(buffers[0]), self._grown(buffers[1]))
 
     def _grown(self, buffer: Tensor) -> Tensor:
-        grown = buffer.new_zeros(self.rows, self.length, *buffer.shape[2:])
-        grown[: buffer.shape[0], : buffer.shape[1]] = buffer
+        grown = buffer.new_zeros(self.rows, buffer.shape[1], self.length, buffer.shape[3])
+        grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
         return grown
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,8 +66,8 @@ class KVCache:
         """
         if index not in self.layers:
             self.layers[index] = (
-                key.new_zeros(self.rows, self.length, *key.shape[-2:]),
-                value.new_zeros(self.rows, self.length, *value.shape[-2:]),
+                key.new_zeros(self.rows, key.shape[-2], self.length, key.shape[-1]),
+                value.new_zeros(self.rows, value.shape[-2], self.length, value.shape[-1]),
             )
         return self.layers[index]
 
@@ -75,7 +75,7 @@ class KVCache:
         """Copies the first `length` places of a row to another row."""
         for buffers in self.layers.values():
             for buffer in buffers:
-                buffer[target, :length] = buffer[source, :length]
+                buffer[target, :, :length] = buffer[source, :, :length]
 
     def clear(self) -> None:
         """Gives the memory back."""
@@ -97,30 +97,34 @@ class Decode:
     """One new token for each of the first B rows.
 
     positions: int64 [B], each token's place; length: places that attention spans, at least all that any row uses.
-    flat: int64 [B], the places in a buffer seen as [R * N, ...].
     """
 
     cache: KVCache
     positions: Tensor
     length: int
-    flat: Tensor = field(init=False)
-    _masks: dict[int | None, Tensor] = field(init=False, default_factory=dict)
+    _masks: dict[tuple[int | None, int], Tensor] = field(init=False, default_factory=dict)
+    _places: dict[int, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.length = _rounded(self.length, _STRIDE)
-        count = len(self.positions)
-        self.flat = self.positions + torch.arange(count, device=self.positions.device) * self.cache.length
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """0 where a row's token may look and -inf elsewhere, [B, 1, 1, length]; made once a step."""
-        if window not in self._masks:
+    def places(self, heads: int) -> Tensor:
+        """Where the new tokens go in a buffer seen as [R * Hk * N, ...], int64 [B * Hk]; made once a step."""
+        if heads not in self._places:
+            rows = torch.arange(len(self.positions) * heads, device=self.positions.device).view(-1, heads)
+            self._places[heads] = (self.positions.unsqueeze(1) + rows * self.cache.length).flatten()
+        return self._places[heads]
+
+    def mask(self, window: int | None, dtype: torch.dtype, heads: int = 1) -> Tensor:
+        """0 where a row's token may look and -inf elsewhere, [B, heads, 1, length]; made once a step."""
+        if (window, heads) not in self._masks:
             places = torch.arange(self.length, device=self.positions.device)
             hidden = places > self.positions.unsqueeze(1)
             if window is not None:
                 hidden |= places <= self.positions.unsqueeze(1) - window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-            self._masks[window] = mask[:, None, None]
-        return self._masks[window]
+            self._masks[window, heads] = mask[:, None, None].repeat(1, heads, 1, 1)
+        return self._masks[window, heads]
 
 
 def _rounded(count: int, unit: int) -> int:
@@ -212,7 +216,7 @@ def _prefill(step: Prefill, buffers: _Buffers, query: Tensor, key: Tensor, value
     parts = []
     for row, (start, end) in zip(step.rows, pairwise(step.bounds), strict=True):
         for buffer, new in zip(buffers, (key, value), strict=True):
-            buffer[row, : end - start] = new[start:end]
+            buffer[row, :, : end - start] = new[start:end].transpose(0, 1)
         one, keys, values = (new[start:end].transpose(0, 1).unsqueeze(0) for new in (query, key, value))
         parts.append(_causal(one, keys, values, terms).squeeze(0).transpose(0, 1))
     return torch.cat(parts)
@@ -239,13 +243,19 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
 def _decode(step: Decode, buffers: _Buffers, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
     rows, heads = key.shape[:2]
     for buffer, new in zip(buffers, (key, value), strict=True):
-        buffer.flatten(0, 1).index_copy_(0, step.flat, new)
-    keys, values = (buffer[:rows, : step.length].transpose(1, 2) for buffer in buffers)
-    mask = step.mask(terms.window, query.dtype)
+        buffer.flatten(0, 2).index_copy_(0, step.places(heads), new.flatten(0, 1))
+    keys, values = (buffer[:rows, :, : step.length] for buffer in buffers)
     if not terms.plain:
+        mask = step.mask(terms.window, query.dtype)
         return _attend(query.unsqueeze(2), keys, values, mask, terms).squeeze(2)
     # The queries that share a key head stand in the place of a sequence, so keys and values are not repeated.
     grouped = query.reshape(rows, heads, -1, query.shape[-1])
+    if query.device.type == "cpu" and query.dtype == torch.float32:
+        # Two batched matrix products are faster there than the fused kernel, which has little to fuse for one token.
+        mask = step.mask(terms.window, query.dtype, heads).flatten(0, 1)
+        products = torch.baddbmm(mask, grouped.flatten(0, 1), keys.flatten(0, 1).mT, alpha=terms.scale)
+        return torch.bmm(products.softmax(dim=-1), values.flatten(0, 1)).view(rows, -1, values.shape[-1])
+    mask = step.mask(terms.window, query.dtype)
     return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=terms.scale).flatten(1, 2)
 
 

@@ -99,23 +99,27 @@ def _packs(dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Weights of a layer. qkv gives [T, (Hq + 2 Hk) D], gate_up [T, 2 I]; head_norms: of queries and keys, [D]."""
+    """Weights of a layer. qkv gives [T, (Hq + 2 Hk) D], gate_up [T, 2 I]; head_norms: [Hq + Hk, D]."""
 
     norm: Tensor
     qkv: Matrix
-    head_norms: tuple[Tensor, Tensor] | None
+    head_norms: Tensor | None
     out: Matrix
     mlp_norm: Tensor
     gate_up: Matrix
     down: Matrix
 
     @classmethod
-    def of(cls, layer: Any) -> _Layer:
+    def of(cls, layer: Any, query_heads: int, key_heads: int) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
+        heads = None
+        if hasattr(attention, "q_norm"):
+            parts = attention.q_norm.weight.expand(query_heads, -1), attention.k_norm.weight.expand(key_heads, -1)
+            heads = torch.cat(parts)
         return cls(
             norm=layer.input_layernorm.weight,
             qkv=Matrix(attention.q_proj, attention.k_proj, attention.v_proj),
-            head_norms=(attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None,
+            head_norms=heads,
             out=Matrix(attention.o_proj),
             mlp_norm=layer.post_attention_layernorm.weight,
             gate_up=Matrix(mlp.gate_proj, mlp.up_proj),
@@ -134,12 +138,12 @@ class FusedDecoder:
         self.width: int = attention.head_dim
         self.query_heads: int = attention.q_proj.out_features // self.width
         self.key_heads: int = attention.k_proj.out_features // self.width
-        self.eps: float = base.norm.variance_epsilon
+        self.eps = torch.tensor(base.norm.variance_epsilon)
         self.terms = Terms(scale=attention.scaling)
         self.activation = base.layers[0].mlp.act_fn
         self.embedding: Tensor = base.embed_tokens.weight
         self.norm: Tensor = base.norm.weight
-        self.layers = [_Layer.of(layer) for layer in base.layers]
+        self.layers = [_Layer.of(layer, self.query_heads, self.key_heads) for layer in base.layers]
         self.head = Matrix(module.lm_head)
         cos, sin = base.rotary_emb(self.norm, torch.arange(max_tokens).unsqueeze(0))
         low, high = sin[0].chunk(2, dim=-1)
@@ -164,13 +168,14 @@ class FusedDecoder:
         heads = layer.qkv(x).view(len(x), -1, self.width)
         turned, value = heads.tensor_split((self.query_heads + self.key_heads,), dim=1)
         if layer.head_norms is not None:
-            turned = F.rms_norm(turned, (self.width,), None, self.eps)
-            turned[:, : self.query_heads] *= layer.head_norms[0]
-            turned[:, self.query_heads :] *= layer.head_norms[1]
+            turned = self._normed(turned, layer.head_norms)
         cos, sin = rotary
         turned = (turned * cos).addcmul_(turned.roll(self.width // 2, dims=-1), sin)
         query, key = turned.tensor_split((self.query_heads,), dim=1)
         return attend(step, index, query, key, value, self.terms).flatten(1)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        """RMSNorm over the last dimension, in fewer operations than `F.rms_norm` takes on a CPU."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(self.eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return (x * scale).to(x.dtype).mul_(weight)
