@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import traceback
 from collections.abc import Iterable
+
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+"""What a disk refuses with; the traceback of such an error helps nobody."""
 
 
 class UserError(ValueError):
@@ -16,6 +21,13 @@ class UserError(ValueError):
 class PluginError(UserError):
     """What a plugin names does not load. Its `__cause__`, if any, is what the plugin raised: the command line prints
     the message and that traceback, because the mend lies in the plugin.
+    """
+
+
+class MissingExtraError(UserError):
+    """A component needs a package that its plugin only declares as an extra; the message says which extra to install.
+
+    Contract tests skip what raises it.
     """
 
 
@@ -32,6 +44,19 @@ class RunError(RuntimeError):
 
     def __reduce__(self) -> tuple[type[RunError], tuple[str, str | None]]:
         return (type(self), (self.message, self.cause))
+
+
+def explained(error: Exception, who: str, where: str) -> UserError | RunError:
+    """An exception as an error for people, which says that `who` failed, `where`, and carries the traceback.
+
+    One that is meant for people already stays as it is.
+    """
+    if isinstance(error, UserError | RunError):
+        return error
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return RunError(f"{who} cannot write {error.filename or 'a file'}: {error.strerror}")
+    trace = "".join(traceback.format_exception(error))
+    return RunError(f"{who} failed {where}: {type(error).__name__}: {error}", cause=trace)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -21,43 +21,70 @@ def train(target: str, overrides: tuple[str, ...]) -> None:
     """Run a run file or a recipe.
 
     Overrides are values of the run file by their dotted names: schedule.steps=5 loss.clip_high=0.3.
+    Relative paths, in the run file too, are relative to the current directory.
     """
     from miles_core.config.layers import open_catalog
     from miles_core.config.model import load_family
+    from miles_core.run.folder import locked, removed_if_refused
     from miles_core.run.model import prepare_model
-    from miles_core.run.plan import check_folder, make_plan, write_run_files
+    from miles_core.run.plan import check_folder, make_plan
     from miles_core.specs import ModelSpec
 
     catalog = open_catalog(target, overrides)
     plan = make_plan(target, overrides, catalog)
     check_folder(plan)
-    write_run_files(plan, plan.folder)
     family = load_family(catalog.get(ModelSpec, plan.model.family)) if plan.model.family else None
-    model = prepare_model(plan.model, family, plan.folder / "model")
-    _run(plan, model, None)
+    _write(plan)
+    with removed_if_refused(plan.folder), locked(plan.folder):
+        model = prepare_model(plan.model, family, plan.folder / "model")
+        _run(plan, model, None)
+
+
+def _write(plan: Plan) -> None:
+    """Makes the run folder."""
+    from miles_core.errors import UserError
+    from miles_core.run.plan import write_run_files
+
+    try:
+        write_run_files(plan, plan.folder)
+    except OSError as error:
+        raise UserError(
+            f"the run folder {plan.folder} cannot be made: {error.strerror}; set folder=… to where there is room"
+        ) from error
 
 
 @click.command()
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path, file_okay=False))
 def resume(folder: Path) -> None:
     """Go on with a run from its last checkpoint, as if it had never stopped."""
-    from miles_core.errors import UserError
-    from miles_core.run import checkpoint
-    from miles_core.run.driver import refuse_finished
+    from miles_core.run.folder import locked
     from miles_core.run.model import prepare_model
     from miles_core.run.plan import load_plan
     from miles_core.run.trackers import forget_after
 
     plan = load_plan(folder)
+    with locked(plan.folder):
+        last = _last_checkpoint(plan)
+        forget_after(plan.folder, last.step if last else -1)
+        made = plan.folder / "model"
+        model = made if plan.model.path is None else prepare_model(plan.model, None, made)
+        _run(plan, model, last)
+
+
+def _last_checkpoint(plan: Plan) -> Checkpoint | None:
+    """Where to go on; None at the start. Raises `UserError` if it is damaged or the run is finished."""
+    from miles_core.errors import UserError
+    from miles_core.run import checkpoint
+    from miles_core.run.driver import refuse_finished
+
     found = checkpoint.all_of(plan.folder)
-    last = found[-1] if found else None
-    if last is not None:
-        if last.state["step"] != last.step:
-            raise UserError(f"checkpoint {last.folder} says that it is of step {last.state['step']}; remove it")
-        refuse_finished(plan, last)
-    forget_after(plan.folder, last.step if last else -1)
-    model = plan.folder / "model" if plan.model.path is None else prepare_model(plan.model, None, plan.folder / "model")
-    _run(plan, model, last)
+    if not found:
+        return None
+    last = found[-1]
+    if last.state["step"] != last.step:
+        raise UserError(f"checkpoint {last.folder} says that it is of step {last.state['step']}; remove it")
+    refuse_finished(plan, last)
+    return last
 
 
 def _run(plan: Plan, model: Path, resumed: Checkpoint | None) -> None:
@@ -76,4 +103,5 @@ def _run(plan: Plan, model: Path, resumed: Checkpoint | None) -> None:
 
 
 def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+    """Being told to end is like Ctrl-C, which asyncio turns into the end of the run's task."""
+    signal.raise_signal(signal.SIGINT)

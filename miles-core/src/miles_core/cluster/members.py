@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import faulthandler
 import functools
 import inspect
@@ -27,7 +26,7 @@ import ray
 
 from miles_core.cluster.engine_pool import EnginePool
 from miles_core.config.schema import Plan
-from miles_core.errors import RunError, UserError
+from miles_core.errors import RunError, UserError, explained
 from miles_core.lifecycle import Role, lifecycle
 from miles_core.plugins import load_exact, resolve
 from miles_core.roles import BucketLayout, EngineContext, PauseMode, TrainerContext
@@ -54,20 +53,11 @@ def _sync_spec(plan: Plan) -> WeightSyncSpec:
     return plan.sync.spec
 
 
-DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
-"""What a disk refuses with; the traceback of such an error helps nobody."""
-
-
 def failure(error: Exception, name: str, method: str, log: Path) -> UserError | RunError:
-    """What went wrong in a member, as an error for people, which also goes into the member's log."""
-    trace = "".join(traceback.format_exception(error))
-    sys.stderr.write(trace)
+    """What went wrong in a member, as an error for people; the traceback goes into the member's log too."""
+    sys.stderr.write("".join(traceback.format_exception(error)))
     sys.stderr.flush()
-    if isinstance(error, UserError | RunError):
-        return error
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return RunError(f"{name} cannot write {error.filename or 'a file'}: {error.strerror}")
-    return RunError(f"{name} failed in {method}: {type(error).__name__}: {error} (log: {log})", cause=trace)
+    return explained(error, name, f"in {method} (log: {log})")
 
 
 def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,6 +102,8 @@ class _Process:
             stream.flush()
             os.dup2(descriptor, stream.fileno())
         faulthandler.enable()
+        with contextlib.suppress(OSError):  # another machine may not have it
+            os.chdir(self.plan.directory)
         load_exact(self.plan.plugin_set)
 
 
@@ -297,6 +289,7 @@ class CollectorMember(_Process):
         super().__init__(name, log, plan)
         self.model, self.engines = model, engines
         self.collector: Any = None
+        self.evaluation: asyncio.Task[dict[str, float]] | None = None
 
     async def enter(self) -> None:
         """Prepares the process and what needs no engine: all that can be wrong with the data is found here."""
@@ -320,10 +313,16 @@ class CollectorMember(_Process):
         )
         return ray.put(finished), metrics
 
-    async def evaluate(self, step: int) -> dict[str, float]:
-        """Metrics of an evaluation."""
-        metrics: dict[str, float] = await self.collector.evaluate(step)
-        return metrics
+    async def evaluate(self, step: int, patience_s: float) -> dict[str, float] | None:
+        """Metrics of an evaluation, which the first call of a step begins; None if it is not complete yet."""
+        if self.evaluation is None:
+            self.evaluation = asyncio.create_task(self.collector.evaluate(step))
+        done, _ = await asyncio.wait([self.evaluation], timeout=patience_s)
+        if not done:
+            self.collector.check_rollout()
+            return None
+        evaluation, self.evaluation = self.evaluation, None
+        return evaluation.result()
 
     async def save(self, folder: Path) -> None:
         """Everything that `begin` needs to go on."""

@@ -251,7 +251,8 @@ class Stage:
 class Plan:
     """A whole run, checked. Picklable; every process gets it. needs no torch.
 
-    folder: the run folder, not yet made. engine, sync: None if no stage generates and nothing is evaluated.
+    folder: the run folder, not yet made. directory: where the run was started, which relative paths in it are relative
+    to, in every process and after a resume from elsewhere. engine, sync: None if no stage generates and nothing is evaluated.
     values: the resolved run file, nested; origins: dotted name -> where the value came from.
     plugin_set: the plugins that every process must load, as (distribution, version, entry point value).
     """
@@ -275,6 +276,7 @@ class Plan:
     plugin_set: tuple[tuple[str, str, str], ...]
     values: Mapping[str, Any]
     origins: Mapping[str, str]
+    directory: Path = field(default_factory=Path.cwd)
 
     @property
     def steps(self) -> int:

@@ -3,7 +3,7 @@
     checkpoints/step-00000010/    state.json, trainer/ (the trainer's own), collector.json, buffer.npz
 
 A crash while saving leaves a folder with another name, which the next save removes; the previous checkpoint stays
-whole.
+whole. The policy at the end of a run is written in the same way.
 """
 
 from __future__ import annotations
@@ -52,19 +52,26 @@ def all_of(run: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-class Saving:
-    """`async with Saving(run, step, keep) as folder:` write into `folder`; leaving the block without an error makes it
-    the checkpoint of `step` and removes all but the newest `keep`. Raises `RunError` when the disk refuses."""
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is."""
+    return run / FOLDER / f"step-{step:08d}"
 
-    def __init__(self, run: Path, step: int, keep: int) -> None:
-        self.final = run / FOLDER / f"step-{step:08d}"
-        self._run, self._keep = run, keep
-        self._folder = self.final.with_name(f".{self.final.name}.incomplete")
+
+class Saving:
+    """`async with Saving(run, final) as folder:` write into `folder`; leaving the block without an error gives it the
+    name `final`, once it is on the disk. Raises `RunError` when something cannot be written."""
+
+    def __init__(self, run: Path, final: Path) -> None:
+        self._run, self._final = run, final
+        self._folder = final.with_name(f".{final.name}.incomplete")
 
     async def __aenter__(self) -> Path:
-        for left_over in self._folder.parent.glob(".step-*.incomplete"):
-            shutil.rmtree(left_over)
-        self._folder.mkdir(parents=True)
+        try:
+            for left_over in self._folder.parent.glob(".*.incomplete"):
+                _remove(left_over)
+            self._folder.mkdir(parents=True)
+        except OSError as refused:
+            raise self._failure(refused) from refused
         return self._folder
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -75,21 +82,47 @@ class Saving:
             except OSError as refused:
                 error = refused
         shutil.rmtree(self._folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise RunError(
-                f"the checkpoint {self.final} could not be saved: {error.strerror or error}. The one before it is "
-                f"whole; make room and go on with: miles resume {self._run}"
-            ) from error
+        if isinstance(error, OSError | RunError):
+            raise self._failure(error) from error
 
     def _publish(self) -> None:
         for path in [*self._folder.rglob("*"), self._folder]:
             _sync(path)
-        if self.final.exists():
-            shutil.rmtree(self.final)
-        self._folder.rename(self.final)
-        _sync(self.final.parent)
-        for old in all_of(self._run)[: -self._keep]:
-            shutil.rmtree(old.folder)
+        if self._final.exists():
+            _discard(self._final)
+        self._folder.rename(self._final)
+        _sync(self._final.parent)
+
+    def _failure(self, error: OSError | RunError) -> RunError:
+        """What is lost, and what is not."""
+        if isinstance(error, RunError):
+            reason, cause = error.message, error.cause
+        else:
+            reason, cause = f"{error.strerror or error} ({error.filename})", None
+        whole = all_of(self._run)
+        last = f"The checkpoint of step {whole[-1].step} is whole" if whole else "There is no checkpoint yet"
+        again = f"{last}; once that is mended, go on with: miles resume {self._run}"
+        return RunError(f"{self._final} could not be saved: {reason}\n{again}", cause)
+
+
+def keep_newest(run: Path, count: int) -> None:
+    """Removes all checkpoints but the newest `count`."""
+    for old in all_of(run)[:-count]:
+        _discard(old.folder)
+
+
+def _discard(folder: Path) -> None:
+    """Removes a checkpoint; half of one never stays under its name."""
+    leaving = folder.with_name(f".{folder.name}.leaving.incomplete")
+    folder.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def _remove(left_over: Path) -> None:
+    if left_over.is_dir():
+        shutil.rmtree(left_over)
+    else:
+        left_over.unlink()
 
 
 def _sync(path: Path) -> None:

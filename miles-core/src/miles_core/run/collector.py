@@ -157,7 +157,7 @@ class Collector:
             group = await self.producer.make(prompt, count)
             self._judge(prompt.id, group)
             self._fill()
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:  # whatever it is, somebody waits for this group
             progress.error = progress.error or error
         self._changed.set()
 
@@ -208,10 +208,22 @@ class Collector:
                     if progress.error is not None:
                         raise progress.error
         except TimeoutError:
+            self.check_rollout()
             return None
         seconds = {what: value - before[what] for what, value in self.clock.read().items()}
         seconds["generate"] = min(seconds["generate"], self._busy() - busy)
         return self._take(step, seconds)
+
+    def check_rollout(self) -> None:
+        """Engines and rewards have deadlines of their own; this is that of a rollout which waits for something else.
+        Raises `RunError`."""
+        limit = self.plan.cluster.deadline_s
+        if self.clock.idle_seconds > limit:
+            raise RunError(
+                f"rollout {self.stage.rollout.spec.name} has asked neither an engine nor a reward for anything for "
+                f"{limit:g} s (cluster.deadline_s), and has not given the samples of these prompts: "
+                f"{', '.join(map(str, self.progress.running)) or 'those of an evaluation'}"
+            )
 
     def _busy(self) -> float:
         return max(self.engines.busy_seconds) if self.engines else math.inf

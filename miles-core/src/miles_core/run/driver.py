@@ -6,10 +6,12 @@ Everything that is slow happens in other processes; the driver holds references 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,17 @@ from miles_core.cluster.members import CollectorMember, EngineMember, TrainerMem
 from miles_core.cluster.session import Member, Place, Session
 from miles_core.config.schema import Plan, Stage
 from miles_core.config.traits import stage_columns
-from miles_core.errors import RunError
+from miles_core.errors import RunError, UserError, explained
 from miles_core.roles import RunInfo, Tracker
 from miles_core.run import checkpoint
 from miles_core.run.checkpoint import Checkpoint, Saving
 from miles_core.run.console import Console
 from miles_core.run.loop import train
 from miles_core.run.producer import built
-from miles_core.run.trackers import JsonLines
+from miles_core.run.trackers import METRICS_FILE, JsonLines
 
+POLICY = "policy"
+"""Folder of the finished policy, in the run's."""
 POLL_S = 10.0
 """How long the driver waits for a batch before it asks again whether the collector is alive."""
 FROM_TRAINER = {"old_logprobs": "policy", "ref_logprobs": "reference"}
@@ -63,10 +67,13 @@ class Run:
         self.session = Session(plan.cluster, _places(plan), plan.folder / "logs")
         self.info = RunInfo(name=plan.name, folder=plan.folder, config=plan.values, steps=plan.steps)
         self.hooks = hooks_of(plan, "driver")
-        self.trackers: list[Tracker] = [JsonLines(None, self.info), *(built(one, self.info) for one in plan.trackers)]
+        self.trackers: list[tuple[str, Tracker]] = [(one.spec.name, built(one, self.info)) for one in plan.trackers]
+        if not any(isinstance(tracker, JsonLines) for _, tracker in self.trackers):
+            self.trackers.insert(0, (METRICS_FILE, JsonLines(None, self.info)))
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.trainers: list[Member] = []
         self.engines: list[Member] = []
+        self._begun: int | None = None  # the stage that the trainers and the collector are in
 
     # ---- Start and end -------------------------------------------------------------------------------------------
 
@@ -80,15 +87,15 @@ class Run:
             await asyncio.gather(self._start_trainers(), self._start_engines())
             if self.engines:
                 await self._connect()
-        stage = self.plan.stages.index(self.plan.stage_of(min(self.step, self.plan.steps - 1)))
-        folder = self.resumed.folder if self.resumed else None
-        if folder is not None and self.step == self.plan.stages[stage].first_step and self.step < self.plan.steps:
-            await self._restore(stage - 1 if stage else 0, folder)  # a stage begins with fresh optimizer and data
-            await self._begin(stage)
-        else:
-            await self._begin(stage, folder)
+        await self._take_up()
         await self._send(self.step)
-        self.hooks.run_start(run=self.info)
+        self._tell("run_start")
+
+    async def _take_up(self) -> None:
+        """Begins the first stage, or goes on from the checkpoint. One that stands between two stages belongs to the
+        first of them: the next begins with what that has left."""
+        stage = self.plan.stages.index(self.plan.stage_of(max(self.step - 1, 0)))
+        await self._begin(stage, self.resumed.folder if self.resumed else None)
 
     def _spawn(self) -> None:
         plan = self.plan
@@ -126,6 +133,7 @@ class Run:
 
     async def _begin(self, stage: int, folder: Path | None = None) -> None:
         """Starts a stage everywhere, or goes on with it from a checkpoint."""
+        self._begun = stage
         await self.session.gather(
             [
                 *((trainer, "begin", (stage,)) for trainer in self.trainers),
@@ -135,18 +143,30 @@ class Run:
         if folder is not None:
             await self.session.ask_all(self.trainers, "restore", folder / "trainer")
 
-    async def _restore(self, stage: int, folder: Path) -> None:
-        """The weights that the stage before left."""
-        await self.session.ask_all(self.trainers, "begin", stage)
-        await self.session.ask_all(self.trainers, "restore", folder / "trainer")
-
     async def finish(self) -> None:
-        """The policy for transformers, and the last picture of the trackers."""
+        """The policy for transformers."""
         with self.console.phase("writing the policy"):
-            await self.session.ask_all(self.trainers, "save_pretrained", self.plan.folder / "policy")
-        for tracker in self.trackers:
-            tracker.finish()
-        self.hooks.run_end(run=self.info)
+            async with Saving(self.plan.folder, self.plan.folder / POLICY) as folder:
+                await self.session.ask_all(self.trainers, "save_pretrained", folder)
+
+    def end(self, error: BaseException | None) -> None:
+        """Trackers and callbacks hear that the run is over. While it fails already, what goes wrong here is only
+        told."""
+        endings: list[Callable[[], None]] = [self._finish_trackers, partial(self._tell, "run_end")]
+        if isinstance(error, Exception):
+            endings.insert(0, partial(self._tell, "run_failed", error=error))
+        for ending in endings:
+            try:
+                ending()
+            except (UserError, RunError) as another:
+                if error is None:
+                    raise
+                self.console.say(str(another), "red")
+
+    def _finish_trackers(self) -> None:
+        for name, tracker in self.trackers:
+            with _blaming(f"tracker {name}"):
+                tracker.finish()
 
     async def stop(self) -> None:
         """Ends all members."""
@@ -159,12 +179,12 @@ class Run:
         await self._evaluate_if_due()
         while self.step < self.plan.steps:
             stage = self.plan.stage_of(self.step)
-            if self.step == stage.first_step and self.step:
-                await self._begin(self.plan.stages.index(stage))
+            if self._begun != (index := self.plan.stages.index(stage)):
+                await self._begin(index)
             started = time.monotonic()
             self.seconds = defaultdict(float)
-            ref, collected = await self._next_batch()
-            self.hooks.rollout_end(run=self.info, step=self.step, metrics=dict(collected.metrics))
+            ref, collected = await self._collected("next_batch")
+            self._tell("rollout_end", step=self.step, metrics=dict(collected.metrics))
             yield BatchRef(
                 ref=ref,
                 step=self.step,
@@ -174,10 +194,11 @@ class Run:
                 started=started,
             )
 
-    async def _next_batch(self) -> Any:
+    async def _collected(self, method: str) -> Any:
+        """What the collector gives for the step, however long that takes: it knows itself who keeps it waiting."""
         while True:
             answer = await self.session.ask(
-                self.collector, "next_batch", self.step, POLL_S, deadline_s=POLL_S + self.session.deadline_s
+                self.collector, method, self.step, POLL_S, deadline_s=POLL_S + self.session.deadline_s
             )
             if answer is not None:
                 return answer
@@ -232,10 +253,9 @@ class Run:
     async def step_end(self, report: Report) -> None:
         """Metrics to trackers, callbacks and the terminal; then an evaluation and a checkpoint if they are due."""
         metrics = self._metrics(report)
-        for tracker in self.trackers:
-            tracker.log(report.version, metrics)
+        self._log(report.version, metrics)
         self.console.step(report.version, report.batch.stage, metrics)
-        self.hooks.step_end(run=self.info, step=report.version, metrics=metrics)
+        self._tell("step_end", step=report.version, metrics=metrics)
         await self._evaluate_if_due()
         every, last = self.plan.checkpoint.every, report.version == self.plan.steps
         if last or (every and report.version % every == 0):
@@ -270,17 +290,16 @@ class Run:
         if self.step % every and self.step not in ends:
             return
         with self.console.phase("evaluating"):
-            metrics = await self.session.ask(self.collector, "evaluate", self.step)
-        for tracker in self.trackers:
-            tracker.log(self.step, metrics)
+            metrics = await self._collected("evaluate")
+        self._log(self.step, metrics)
         self.console.evaluation(self.step, metrics)
-        self.hooks.eval_end(run=self.info, step=self.step, metrics=metrics)
+        self._tell("eval_end", step=self.step, metrics=metrics)
 
     async def save(self) -> None:
         """A checkpoint of this step."""
-        saving = Saving(self.plan.folder, self.step, self.plan.checkpoint.keep)
+        final = checkpoint.folder_of(self.plan.folder, self.step)
         with self.console.phase("saving a checkpoint"):
-            async with saving as folder:
+            async with Saving(self.plan.folder, final) as folder:
                 await self.session.gather(
                     [
                         *((trainer, "save", (folder / "trainer",)) for trainer in self.trainers),
@@ -288,7 +307,29 @@ class Run:
                     ]
                 )
                 checkpoint.write_state(folder, {"step": self.step, "plugins": self.plan.plugin_set})
-        self.hooks.checkpoint_saved(run=self.info, step=self.step, path=saving.final)
+            checkpoint.keep_newest(self.plan.folder, self.plan.checkpoint.keep)
+        self._tell("checkpoint_saved", step=self.step, path=final)
+
+    # ---- Observers -------------------------------------------------------------------------------------------------
+
+    def _log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, tracker in self.trackers:
+            with _blaming(f"tracker {name}"):
+                tracker.log(step, metrics)
+
+    def _tell(self, event: str, **what: Any) -> None:
+        """Calls a lifecycle hook of the callbacks."""
+        with _blaming(f"the callback hook {event}"):
+            getattr(self.hooks, event)(run=self.info, **what)
+
+
+@contextlib.contextmanager
+def _blaming(who: str) -> Iterator[None]:
+    """Whatever an observer raises stops the run, as an error that says who it was."""
+    try:
+        yield
+    except Exception as error:
+        raise explained(error, who, "in the driver") from error
 
 
 class _Timed:
@@ -322,15 +363,18 @@ async def drive(plan: Plan, model: Path, resumed: Checkpoint | None, console: Co
         await run.start()
         await train(run)
         await run.finish()
-    except Exception as error:
-        run.hooks.run_failed(run=run.info, error=error)
-        run.hooks.run_end(run=run.info)
+    except BaseException as error:
+        run.end(error)
         raise
+    else:
+        run.end(None)
     finally:
         await run.stop()
 
 
 def refuse_finished(plan: Plan, found: Checkpoint) -> None:
-    """A run that is over has nothing to resume. Raises `RunError`."""
-    if found.step >= plan.steps and (plan.folder / "policy").is_dir():
-        raise RunError(f"run {plan.folder} is finished: {found.step} of {plan.steps} steps; its policy is in policy/")
+    """A run that is over has nothing to resume. Raises `UserError`."""
+    if found.step >= plan.steps and (plan.folder / POLICY).is_dir():
+        raise UserError(
+            f"run {plan.folder} is finished: {found.step} of {plan.steps} steps; its policy is in {POLICY}/"
+        )

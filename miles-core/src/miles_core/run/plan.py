@@ -7,8 +7,10 @@ the same plan again, which is how a run is resumed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -337,6 +339,7 @@ def _manifest(plan: schema.Plan) -> dict[str, Any]:
         "plugins": [list(plugin) for plugin in plan.plugin_set],
         "versions": {"python": platform.python_version(), **_versions("torch", "transformers", "ray", CORE)},
         "origins": dict(plan.origins),
+        "directory": str(plan.directory),
     }
 
 
@@ -356,11 +359,14 @@ def _versions(*names: str) -> dict[str, str]:
 def load_plan(folder: Path, catalog: Catalog | None = None) -> schema.Plan:
     """The plan of an existing run folder, equal to the one it was started with.
 
+    Changes to the directory in which the run was started, if it is there, so that relative paths mean what they meant.
     Raises `UserError` if the folder holds no run, or if its plugins are not installed in the same versions.
     """
     folder = folder.absolute()
     manifest = _read_manifest(folder)
     doc = read_run_file(folder / RUN_FILE)
+    with contextlib.suppress(OSError):
+        os.chdir(manifest["directory"])
     if catalog is None:
         disabled = doc.plain().get("plugins", {}).get("disable", [])
         catalog = discover(disable=disabled)

@@ -35,16 +35,28 @@ class Clock:
         self._active: Counter[str] = Counter()
         self._since = time.monotonic()
         self._seconds: dict[str, float] = {"generate": 0.0, "reward": 0.0}
+        self._changed = self._since
+
+    @property
+    def idle_seconds(self) -> float:
+        """Since anything last began or ended, or a group was begun; 0 while something goes on."""
+        return 0.0 if any(self._active.values()) else time.monotonic() - self._changed
 
     def enter(self, what: str) -> None:
         """One more does it."""
         self._account()
+        self.stir()
         self._active[what] += 1
 
     def leave(self, what: str) -> None:
         """One fewer does it."""
         self._account()
+        self.stir()
         self._active[what] -= 1
+
+    def stir(self) -> None:
+        """Nobody is idle now."""
+        self._changed = time.monotonic()
 
     def read(self) -> dict[str, float]:
         """Seconds so far."""
@@ -122,6 +134,7 @@ class Producer:
 
     async def make(self, prompt: Prompt, count: int) -> Group:
         """`count` samples of a prompt, scored. The same run, stage, prompt and place give the same seed."""
+        self._clock.stir()
         seeds = [self.seed(prompt.id, index) for index in range(count)]
         group = await self.rollout.run(prompt, seeds, self.context)
         if self.scorer is None:

@@ -61,7 +61,11 @@ def _lines(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Drops the lines of later steps, which a resumed run will write again, and half lines."""
+    """Drops the lines of later steps, which a resumed run will write again, and half lines. A crash leaves the file
+    as it was."""
     kept = [{"step": at, **values} for at, values in _lines(folder) if at <= step]
-    if (folder / METRICS_FILE).is_file():
-        (folder / METRICS_FILE).write_text("".join(f"{json.dumps(line)}\n" for line in kept), "utf-8")
+    path = folder / METRICS_FILE
+    if path.is_file():
+        replacement = path.with_name(f".{METRICS_FILE}.incomplete")
+        replacement.write_text("".join(f"{json.dumps(line)}\n" for line in kept), "utf-8")
+        replacement.replace(path)
