@@ -37,7 +37,7 @@ def component(behaviour: str, **traits) -> Component:
 def importable(monkeypatch):
     """A module of a name that a reference can have."""
     module = ModuleType("fake_advantages")
-    module.advantage = advantage
+    vars(module)["advantage"] = advantage
     monkeypatch.setitem(sys.modules, "fake_advantages", module)
 
 

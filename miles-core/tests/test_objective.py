@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -62,13 +63,14 @@ def test_a_loss_without_corrections_and_penalties_is_itself():
 
 
 def test_an_objective_crosses_processes():
-    objective = Objective(loss=torch.nn.functional.relu, corrections=(("a", torch.exp, 1),))
+    functions: tuple[Any, Any] = (torch.nn.functional.relu, torch.exp)
+    objective = Objective(loss=functions[0], corrections=(("a", functions[1], 1),))
     assert pickle.loads(pickle.dumps(objective)) == objective
 
 
 def test_a_stage_knows_what_its_loss_and_corrections_read(monkeypatch):
     module = ModuleType("fake_losses")
-    module.loss, module.ratio = loss, ratio
+    vars(module).update(loss=loss, ratio=ratio)
     monkeypatch.setitem(sys.modules, "fake_losses", module)
     options = SimpleNamespace(kl_coef=0.1, entropy_coef=0.0)
     loss_spec = LossSpec(
@@ -80,7 +82,7 @@ def test_a_stage_knows_what_its_loss_and_corrections_read(monkeypatch):
         entropy_if="entropy_coef",
     )
     correction = CorrectionSpec(name="ratio", ref="fake_losses:ratio", summary="x")
-    stage = SimpleNamespace(
+    stage: Any = SimpleNamespace(
         name="train",
         loss=Component(spec=loss_spec, plugin="p", options=options),
         corrections=(Component(spec=correction, plugin="p", options=3),),

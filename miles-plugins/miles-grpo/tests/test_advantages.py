@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -201,13 +202,14 @@ def test_gdpo_normalises_each_reward_by_itself(rows, whiten_over):
 def test_a_batch_of_nothing_but_masked_tokens_gives_zeros():
     rows = [(1.0, 0, [False, False]), (2.0, 0, [False])]
     baseline = np.array([False, True])
-    for function, options in (
+    functions: list[Any] = [
         (grpo, GRPOAdvantage()),
         (opo, None),
         (remax, None),
         (reinforce_plus_plus, ReinforcePlusPlus()),
         (gdpo, GDPO()),
-    ):
+    ]
+    for function, options in functions:
         assert not function(packed(rows, baseline=baseline), options)["advantages"].any()
 
 

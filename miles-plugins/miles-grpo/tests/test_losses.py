@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def ref_reinforce(logprobs, old, advantages, o):
     return [-a * p for a, p in zip(advantages, logprobs, strict=True)]
 
 
-CASES = {
+CASES: dict[str, Any] = {
     "clipped": (clipped, ref_clipped, ClippedLoss(clip_low=0.1, clip_high=0.28)),
     "dual": (clipped, ref_clipped, ClippedLoss(dual_clip=1.5)),
     "gspo": (gspo, ref_gspo, GSPO(clip_low=0.1, clip_high=0.2)),
@@ -97,11 +98,11 @@ CASES = {
     "dppo-kl": (dppo, ref_dppo, DPPO(divergence="kl", bound_low=0.002, bound_high=0.01, ratio_max=1.2)),
     "reinforce": (reinforce, ref_reinforce, Reinforce()),
 }
-WITHIN_BATCH = {
+WITHIN_BATCH: dict[str, Any] = {
     "clip-cov": (clip_cov, ClipCov(share=0.4, cov_low=0.0)),
     "kl-cov": (kl_cov, KLCov(share=0.4, penalty=0.7)),
 }
-ALL = {name: (loss, options) for name, (loss, _, options) in CASES.items()} | WITHIN_BATCH
+ALL: dict[str, Any] = {name: (loss, options) for name, (loss, _, options) in CASES.items()} | WITHIN_BATCH
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import miles_ppo
 from miles_core.roles import AdvantageInputs, LossInputs, Segments
+from miles_core.run.objective import Objective
 from miles_grpo.loss.clipped import clipped
 from miles_ppo.advantage import gae
 from miles_ppo.loss import critic, ppo
@@ -132,10 +133,10 @@ def test_critic_values_and_gradients(inputs, value_clip):
         if value_clip is not None:
             losses.append((min(max(v, w - value_clip), w + value_clip) - r) ** 2 / 2)
         expected.append(max(losses))
-    expected = torch.stack(expected)
-    torch.testing.assert_close(outputs.losses, expected)
+    wanted = torch.stack(expected)
+    torch.testing.assert_close(outputs.losses, wanted)
     got = torch.autograd.grad(outputs.losses.sum(), inputs.values)
-    torch.testing.assert_close(got, torch.autograd.grad(expected.sum(), inputs.values))
+    torch.testing.assert_close(got, torch.autograd.grad(wanted.sum(), inputs.values))
     assert ("value_clip" in outputs.metrics) == (value_clip is not None)
 
 
@@ -146,9 +147,12 @@ def test_ppo_is_the_clipped_loss_with_the_critic_as_a_penalty(inputs):
     torch.testing.assert_close(outputs.losses, clipped(inputs, options).losses)
     torch.testing.assert_close(outputs.penalties, 0.7 * critic(inputs, options).losses - 0.1)
     assert {"ratio", "value_loss", "value"} <= set(outputs.metrics)
-    assert torch.autograd.gradcheck(
-        lambda p, v: ppo(replace(inputs, logprobs=p, values=v), options).penalties, (inputs.logprobs, inputs.values)
-    )
+
+    def objective(logprobs, values):
+        whole = Objective(loss=ppo)(replace(inputs, logprobs=logprobs, values=values), options)
+        return whole.losses
+
+    assert torch.autograd.gradcheck(objective, (inputs.logprobs, inputs.values))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,14 +28,15 @@ class Bytes:
 
 @dataclass
 class Context:
-    tokenizer: Bytes = field(default_factory=Bytes)
+    tokenizer: Any = field(default_factory=Bytes)
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = 20
 
 
 def run(answer, seeds=(1, 2), context=None):
+    context = Context() if context is None else context
     prompt = Prompt(id=5, tokens=np.array([1, 2, 3], np.int32), text="x", answer=answer, metadata={"level": 2})
-    return asyncio.run(Supervised(None).run(prompt, seeds, context or Context()))
+    return asyncio.run(Supervised(None).run(prompt, seeds, context))
 
 
 def test_the_answer_and_the_end_token_are_the_trained_response():

@@ -1,6 +1,7 @@
 """Miles plugin: group-relative policy optimisation and its family, and what corrects for other people's samples."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from miles_core import AdvantageSpec, CorrectionSpec, LossSpec, RecipeSpec, RolloutSpec, hookimpl
 
@@ -75,8 +76,11 @@ def miles_losses() -> Iterable[LossSpec]:
     yield _loss("cispo", "cispo:cispo", "CISPO", "Clipped importance weight, gradient for every token")
     yield _loss("sapo", "sapo:sapo", "SAPO", "A soft gate in the place of the clip")
     yield _loss("geo-mean", "geo_mean:geo_mean", "GeoMean", "Geometric mean of the tokens' clipped ratios")
-    yield _loss("clip-cov", "covariance:clip_cov", "ClipCov", "Drops a few tokens that cost the most entropy")
-    yield _loss("kl-cov", "covariance:kl_cov", "KLCov", "Penalises a few tokens that cost the most entropy")
+    for name, function, options, summary in (
+        ("clip-cov", "covariance:clip_cov", "ClipCov", "Drops a few tokens that cost the most entropy"),
+        ("kl-cov", "covariance:kl_cov", "KLCov", "Penalises a few tokens that cost the most entropy"),
+    ):
+        yield replace(_loss(name, function, options, summary), compares_samples=True)
     yield _loss("dppo", "dppo:dppo", "DPPO", "Trust region by total variation or KL divergence of each token")
     yield LossSpec(
         name="reinforce",
