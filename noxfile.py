@@ -55,7 +55,10 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Mypy, strict for all sources; in tests, functions without annotations are left alone."""
     run(session, "mypy", *(str(member / "src") for member in MEMBERS), "benchmarks", "noxfile.py")
-    lenient = ("--allow-untyped-defs", "--allow-incomplete-defs", "--allow-untyped-calls", "--no-check-untyped-defs")
+    lenient = (
+        "--allow-untyped-defs", "--allow-incomplete-defs", "--allow-untyped-calls", "--no-check-untyped-defs",
+        "--no-warn-unused-ignores",
+    )  # fmt: skip
     # One run each, because tests of different distributions may have the same module name.
     for folder in (*(member / "tests" for member in MEMBERS), Path("tests"), Path("docs")):
         if any(folder.glob("*.py")):
