@@ -287,6 +287,14 @@ def test_an_advantage_that_nothing_reads_is_left_out() -> None:
     assert rl.advantage.spec.name == "whitened"
 
 
+def test_a_stage_that_generates_nothing_has_nothing_to_correct() -> None:
+    reweighted = _plugin("fake-corrections", CorrectionSpec(**_said("reweighted")))
+    plan = plan_of(STAGED, 'corrections=["reweighted"]', plugins=catalog(reweighted))
+    warm_up, rl = plan.stages
+    assert warm_up.corrections == ()
+    assert [one.spec.name for one in rl.corrections] == ["reweighted"]
+
+
 def test_flags_reach_one_stage_by_its_name_and_all_stages_without() -> None:
     plan = plan_of(STAGED, "stages.rl.schedule.steps=50", "sampling.temperature=0.5")
     assert [stage.schedule.steps for stage in plan.stages] == [10, 50]

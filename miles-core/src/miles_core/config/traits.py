@@ -50,6 +50,12 @@ def reads_advantage(readers: Iterable[Component], trainer: Component) -> bool:
     return not frozenset().union(*map(needed_columns, readers)) <= ALWAYS | _trainer_spec(trainer).gives
 
 
+def generates(rollout: Component) -> bool:
+    """Whether a policy writes a rollout's responses, so that there are rollout log-probabilities to correct for."""
+    assert isinstance(rollout.spec, RolloutSpec)
+    return rollout.spec.engine
+
+
 def check(plan: Plan, config: Mapping[str, Any] | None, family: Entry[ModelSpec] | None, catalog: Catalog) -> None:
     """Refuses a run whose parts do not fit. Raises `UserError`."""
     _check_model(plan, config, family, catalog)

@@ -202,6 +202,9 @@ class _Planner:
             trainer, options=build_options(trainer.spec, table.value["trainer"], (*at, "trainer"))
         )
         read.tree["trainer"] = completed(plain(trainer.options) or {}, table.value["trainer"])
+        if not traits.generates(rollout.component):
+            corrections = []
+            read.tree["corrections"] = Node([], read.tree["corrections"].origin)
         if advantage is not None and not traits.reads_advantage([loss.component, *corrections], trainer):
             advantage = None
             del read.tree["advantage"]
