@@ -92,6 +92,7 @@ class Session:
     def _connect(self) -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a member without GPUs still sees the host's
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+        os.environ.setdefault("RAY_worker_niceness", "0")  # members are no background work: Ray's default is 15
         logging.getLogger("ray").setLevel(logging.ERROR)
         common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
         terminated = signal.getsignal(signal.SIGTERM)
