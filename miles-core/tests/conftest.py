@@ -1,4 +1,4 @@
-"""Fake installed distributions, for tests of discovery and of the commands."""
+"""Fake installed distributions, for tests of discovery and of the commands; the kits beside the tests importable."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @dataclass(frozen=True)

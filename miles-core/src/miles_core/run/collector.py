@@ -1,9 +1,10 @@
 """The collector: a stream of scored groups, cut into batches, never staler than the run allows.
 
 Let B be `prompts_per_step`, k `max_staleness`, and v the version that trains next. Groups are begun only while no more
-than (v + k + 1) B of the stage's groups are used up, buffered or under way, and the batch of version v holds every
-group that was begun at version v - k or earlier. So no sample lags more than k versions, nothing is thrown away for
-being stale, and with k = 0 the loop is synchronous. What a filter drops is counted and replaced.
+than (v + k + 1) B of the stage's groups are used up, buffered or under way. A group that was begun at version b is
+trained on at version b + k at the latest; so the batch of version v is cut off only when no later batch would have to
+hold more than B groups for that. Thus no sample lags more than k versions, nothing is thrown away for being stale, and
+with k = 0 the loop is synchronous. What a filter drops is counted and replaced.
 
 With k = 0 groups are begun in waves: replacements only when the whole wave is scored. Requests then reach idle engines
 together, and a run gives the same numbers every time, to the last bit.
@@ -53,13 +54,15 @@ class Collected:
 
 @dataclass(kw_only=True)
 class _Progress:
-    """What a stage has under way. version: that trains next, counted from the stage's first.
+    """What a stage has under way. version: that trains next, counted from the stage's first. used: groups that have
+    been handed over.
 
     position: of the next prompt to draw. again: positions to draw again after a resume. begun: group -> version at
     which it was begun, for all that is not used up. done: scored groups that wait to be trained on.
     """
 
     version: int = 0
+    used: int = 0
     position: int = 0
     again: list[int] = field(default_factory=list)
     begun: dict[int, int] = field(default_factory=dict)
@@ -102,7 +105,8 @@ class Collector:
             self._scorers.pop(index).close()
         self.producer, self.filters = self._producers[stage], self._filters[stage]
         self.producer.scorer = self._scorer(stage)
-        self.progress = _Progress(version=step - self.stage.first_step)
+        done = step - self.stage.first_step
+        self.progress = _Progress(version=done, used=done * self.stage.schedule.prompts_per_step)
         if folder is not None:
             self._restore(folder)
 
@@ -140,7 +144,7 @@ class Collector:
             return
         size = schedule.prompts_per_step
         limit = size * min(progress.version + schedule.max_staleness + 1, schedule.steps)
-        for _ in range(limit - progress.version * size - len(progress.begun)):
+        for _ in range(limit - progress.used - len(progress.begun)):
             if progress.again:
                 position = progress.again.pop(0)
             else:
@@ -229,10 +233,18 @@ class Collector:
         return max(self.engines.busy_seconds) if self.engines else math.inf
 
     def _ready(self) -> bool:
+        """Whether B groups are done, among them enough of the old ones: with those that were begun at version b or
+        earlier, the batches from this one to that of version b + k must come to an end."""
         progress, schedule = self.progress, self.stage.schedule
-        oldest = progress.version - schedule.max_staleness
-        due = any(progress.begun[group] <= oldest for group in progress.running)
-        return len(progress.done) >= schedule.prompts_per_step and not due
+        if len(progress.done) < schedule.prompts_per_step:
+            return False
+        for later in range(schedule.max_staleness + 1):
+            version = progress.version + later - schedule.max_staleness
+            old = [group for group, begun in progress.begun.items() if begun <= version]
+            done = sum(group in progress.done for group in old)
+            if done < len(old) - later * schedule.prompts_per_step:
+                return False
+        return True
 
     def _take(self, step: int, seconds: Mapping[str, float]) -> Collected:
         """Cuts off a batch: the groups begun at the oldest versions, then in the order of the data."""
@@ -242,6 +254,7 @@ class Collector:
         samples = [sample for group in chosen for sample in progress.done[group]]
         for group in chosen:
             del progress.done[group], progress.begun[group]
+        progress.used += len(chosen)
         batch = Batch.pack(
             samples,
             temperature=self.stage.sampling.temperature or 1.0,
@@ -290,7 +303,8 @@ class Collector:
         count = section.prompts if size is None else min(section.prompts, size)
         prompts = [self._evaluator.draw(position) for position in range(count)]
         made = await asyncio.gather(*(self._evaluator.make(prompt, section.samples_per_prompt) for prompt in prompts))
-        return {f"eval/{name}": value for name, value in group_metrics(made).items()}
+        failed = sum(sample.status == "failed" for group in made for sample in group)
+        return {f"eval/{name}": value for name, value in {**group_metrics(made), "failed": float(failed)}.items()}
 
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
 
@@ -305,7 +319,7 @@ class Collector:
 
     def _restore(self, folder: Path) -> None:
         progress = self.progress
-        state, groups = buffer.load(folder)
+        state, groups = buffer.load(folder, self.producer.draw)
         progress.position, progress.again = state["position"], sorted(state["again"])
         for group, (version, samples) in groups.items():
             progress.begun[group], progress.done[group] = version, samples
