@@ -54,7 +54,9 @@ def test_corrections_multiply_the_loss_and_leave_penalties_alone():
     (gradient,) = torch.autograd.grad(outputs.losses.sum(), given.logprobs)
     torch.testing.assert_close(gradient, -3 * weights + given.logprobs.detach())
     assert outputs.penalties is None
-    assert set(outputs.metrics) == {"ratio", "ratio/weight", "halve/weight", "halve/share"}
+    names = {"ratio/weight", "ratio/weight_squared", "halve/weight", "halve/weight_squared", "halve/share"}
+    assert set(outputs.metrics) == {"ratio", *names}
+    torch.testing.assert_close(outputs.metrics["ratio/weight_squared"], (2 * weights).square())
 
 
 def test_a_loss_without_corrections_and_penalties_is_itself():

@@ -82,7 +82,8 @@ class LossOutputs:
 
     penalties: [T], terms that corrections leave alone, such as the KL divergence to a reference and the entropy bonus;
     `miles_core.run.objective` adds them to the corrected losses, so a trainer never sees them.
-    metrics: name -> [T] without gradient; the step reports each one's mean over all trained tokens.
+    metrics: name -> [T] without gradient; the step reports each one's mean over all trained tokens, or the maximum of
+    one whose name ends in "_max".
     """
 
     losses: Tensor

@@ -102,6 +102,10 @@ def test_mismatch_is_measured_before_the_weights_change(folder):
     difference = (column - batch["rollout_logprobs"])[batch["mask"]]
     metrics = trainer.update(batch.with_columns(old_logprobs=column), 0, 2)
     assert metrics["mismatch/logprob_abs"] == pytest.approx(np.abs(difference).mean(), rel=1e-6)
+    assert metrics["mismatch/logprob_abs_max"] == pytest.approx(np.abs(difference).max(), rel=1e-6)
+    ratio = np.exp(difference)
+    share = ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum())
+    assert metrics["mismatch/effective_share"] == pytest.approx(share, rel=1e-6)
     assert metrics["mismatch/kl"] == pytest.approx((np.exp(difference) - 1 - difference).mean(), rel=1e-5)
     assert metrics["tokens"] == batch["mask"].sum()
 

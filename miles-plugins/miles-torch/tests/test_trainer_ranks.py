@@ -40,7 +40,16 @@ def two_ranks(folder, tmp_path_factory):
 def assert_same_training(found, expected):
     """Loss and gradient norm equal; weights equal but for what Adam makes of the rounding of tiny gradients."""
     for mine, other in zip(found["metrics"], expected["metrics"], strict=True):
-        for name in ("loss", "grad_norm", "entropy", "tokens", "mismatch/kl", "mismatch/logprob_abs", "learning_rate"):
+        for name in (
+            "loss",
+            "grad_norm",
+            "entropy",
+            "tokens",
+            "mismatch/kl",
+            "mismatch/logprob_abs",
+            "mismatch/logprob_abs_max",
+            "learning_rate",
+        ):
             assert mine[name] == pytest.approx(other[name], rel=1e-5), name
     assert found["weights"].keys() == expected["weights"].keys()
     for name, tensor in found["weights"].items():

@@ -39,7 +39,8 @@ class Objective:
         for name, correction, its_options in self.corrections:
             corrected = correction(_correction_inputs(inputs), its_options)
             losses = losses * corrected.weights
-            metrics |= _prefixed(name, {"weight": corrected.weights, **corrected.metrics})
+            weights = {"weight": corrected.weights, "weight_squared": corrected.weights.square()}
+            metrics |= _prefixed(name, {**corrected.metrics, **weights})
         if outputs.penalties is not None:
             losses = losses + outputs.penalties
         return LossOutputs(losses=losses, metrics=metrics)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from miles_core.errors import RunError, UserError
 from miles_core.roles import Bucket, BucketLayout, LossInputs, LossOutputs, Segments, TrainerContext, TrainStage
+from miles_core.run.mismatch import mismatch
 from miles_core.sample import Batch
 from miles_torch import checkpoint, export, optimizer, sharding
 from miles_torch.metrics import Sums, report, summary
@@ -152,8 +153,7 @@ class TorchTrainer:
 
         Metrics: loss and grad_norm, means over the optimizer steps; learning_rate, of the last; tokens, trained ones of
         one pass over the batch; entropy and the loss's own, means over trained tokens; train_seconds, of forward and
-        backward passes; mismatch/logprob_abs and mismatch/kl, the mean |trainer - rollout| log-probability and the
-        k3 estimate of KL(rollout || trainer), over the generated tokens of the first mini-batch, before it is learnt.
+        backward passes; mismatch/*, as in `miles_core.run.mismatch`, of the first mini-batch, before it is learnt.
         """
         minibatches = _minibatches(batch)
         count = passes * len(minibatches)
@@ -206,9 +206,8 @@ class TorchTrainer:
         if first:
             rollout = self._column(batch, "rollout_logprobs", packed)
             generated = torch.from_numpy(batch["versions"][packed.rows] >= 0).to(self._device)
-            difference = (logprobs.detach() - rollout)[generated]
-            sums.add("mismatch/logprob_abs", difference.abs(), count=counts)
-            sums.add("mismatch/kl", difference.exp() - 1 - difference, count=counts)
+            for name, values in mismatch(logprobs.detach()[generated], rollout[generated]).items():
+                sums.add(name, values, count=counts)
         return _Forward(packed, logprobs.detach(), outputs.losses.detach())
 
     def _not_finite(self, batch: Batch, forwards: Sequence[_Forward]) -> str:
