@@ -14,8 +14,11 @@ import click
 import pytest
 
 from miles_core.cli.main import COMMANDS
+from miles_core.declarations import declaration_kinds
 from miles_core.plugins import discover
-from miles_core.testing.checks import RULES, check
+from miles_core.specs import CommandSpec
+from miles_core.testing.checks import RULES, cases
+from miles_core.testing.kits import rules_of
 
 GOOD = """
     @hookimpl
@@ -196,16 +199,56 @@ def test_info_of_an_unknown_plugin_names_the_nearest(site: Any) -> None:
 
 
 def faults(name: str) -> dict[str, list[str]]:
-    return {rule: found for rule, found in check(discover().plugin(name)) if found}
+    """The rules about the plugin as a whole that it breaks; those about its components are tried in test_kits.py."""
+    verdicts = [case.run() for case in cases(discover().plugin(name)) if not case.record]
+    return {verdict.rule: list(verdict.faults) for verdict in verdicts if verdict.faults}
+
+
+CONSTANT = """
+    @hookimpl
+    def miles_rewards():
+        yield RewardSpec(name="constant", ref="acme_reward:Constant", options="acme_options:Options", summary="one")
+"""
+REWARD = """
+class Constant:
+    def __init__(self, options):
+        self.value = options.value
+
+    def score(self, samples):
+        return [self.value for _ in samples]
+"""
+
+
+def install_constant(site: Any, value: str = "0.5") -> None:
+    site.install("acme-good", CONSTANT, acme_reward=REWARD, acme_options=dataclass(f"value: float = {value}"))
 
 
 def test_a_good_plugin_keeps_every_rule(site: Any) -> None:
-    install_good(site)
+    install_constant(site)
     assert faults("acme-good") == {}
     done = site.run("plugins", "check", "acme-good")
     assert done.returncode == 0
     assert done.stdout.splitlines()[0] == "acme-good 1.0"
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["ok"] * len(RULES)
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["ok"] * (len(RULES) + 1)
+    assert done.stdout.splitlines()[-1] == "  ok    reward constant: 4 of 4 rules kept"
+
+
+def test_a_component_that_breaks_a_rule_is_a_failure_with_the_rule_and_the_fault(site: Any) -> None:
+    install_constant(site, value="float('inf')")
+    done = site.run("plugins", "check", "acme-good")
+    assert done.returncode == 1
+    assert (
+        "  fail  reward constant: gives one finite score for each sample\n        the score of '42' is inf"
+        in done.stdout
+    )
+    assert "changes no sample" not in done.stdout  # it is kept
+
+
+def test_verbose_shows_every_rule_about_every_component(site: Any) -> None:
+    install_constant(site)
+    shown = site.run("plugins", "check", "acme-good", "-v").stdout.splitlines()
+    assert [line.split()[0] for line in shown[1:]] == ["ok"] * (len(RULES) + 4)
+    assert "  ok    reward constant: scores an empty response" in shown
 
 
 def loss(ref: str = "acme_loss:fn", options: str | None = None) -> str:
@@ -297,13 +340,25 @@ BROKEN: dict[str, tuple[str, dict[str, str], str, str]] = {
         WITH_OPTIONS,
         {"acme_options": dataclass("a: int = 'one'")},
         "options_fit_run_files",
-        'UserError: line 1: a must be a whole number, got "one"',
+        'line 1: a must be a whole number, got "one"',
     ),
     "default that changes": (
         WITH_OPTIONS,
         {"acme_options": dataclass("a: tuple[int, ...] = field(default_factory=lambda: [1])")},
         "options_fit_run_files",
         "acme_options:Options: its defaults Options(a=[1]) come back from a run file as Options(a=(1,))",
+    ),
+    "options that cannot be pickled": (
+        WITH_OPTIONS,
+        {"acme_options": dataclass("a: int = 1\n    def __reduce__(self): raise TypeError('stay here')")},
+        "records_travel",
+        "TypeError: stay here",
+    ),
+    "other records": (
+        "import itertools\ncount = itertools.count()\n" + loss().replace("name='a'", "name=f'a{next(count)}'"),
+        {},
+        "records_are_the_same_again",
+        "asked again, it declares something else: LossSpec(name='a1'",
     ),
     "core's name": (
         "@hookimpl\ndef miles_filters():\n    yield FilterSpec(name='nonzero-std', ref='acme_loss:fn', summary='s')",
@@ -327,7 +382,7 @@ BROKEN: dict[str, tuple[str, dict[str, str], str, str]] = {
         CALLBACK,
         {"acme_loss": "class Back:\n    def run_end(self): ...\n    def model_built(self, modl): ..."},
         "callbacks_have_hooks",
-        "UserError: acme_loss:Back.model_built takes 'modl'; the hook gives context, model",
+        "acme_loss:Back.model_built takes 'modl'; the hook gives context, model",
     ),
 }
 
@@ -350,7 +405,7 @@ def test_a_plugin_needs_a_lower_bound_on_core(site: Any, requires: str, bounded:
 
 
 def test_check_without_a_name_checks_all_that_are_not_disabled_and_exits_with_1(site: Any) -> None:
-    install_good(site)
+    install_constant(site)
     site.install("acme-bad", "1 / 0")
     site.install("acme-off", "1 / 0")
     real = [plugin.name for plugin in discover().plugins if not plugin.name.startswith("acme")]
@@ -360,11 +415,13 @@ def test_check_without_a_name_checks_all_that_are_not_disabled_and_exits_with_1(
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith(("acme", "miles"))] == [
         "acme-bad", "acme-good", "miles-core",
     ]  # fmt: skip
-    assert "acme-bad" in done.stdout.splitlines()[-1]
+    assert done.stdout.splitlines()[-1] == "1 of 3 plugins break a rule: acme-bad"
 
 
-def test_every_rule_says_what_it_asks() -> None:
-    assert [rule.__name__ for rule in RULES if not (rule.__doc__ or "").strip() or "\n" in str(rule.__doc__)] == []
+def test_every_rule_says_what_it_asks_in_one_line() -> None:
+    rules = [*RULES, *(rule for kind in declaration_kinds().values() for rule in rules_of(kind))]
+    assert [rule.__name__ for rule in rules if not (rule.__doc__ or "").strip() or "\n" in str(rule.__doc__)] == []
+    assert all(rules_of(kind) for kind in declaration_kinds().values() if kind is not CommandSpec)
 
 
 # ---- hooks --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 TOKEN_COLUMNS = frozenset(
     {
         "tokens", "mask", "rollout_logprobs", "versions", "weights", "advantages", "returns",
-        "old_logprobs", "ref_logprobs", "values",
+        "old_logprobs", "ref_logprobs", "values", "staleness",
     }
 )  # fmt: skip
 """Names of the per-token columns that a batch may have, so what a loss or an advantage may need."""
@@ -29,7 +29,8 @@ class Spec:
 
     name: kebab-case, what a run file says; ref: "module:attribute" of the implementation, imported only on use;
     summary: one line for `miles plugins info`; options: "module:Class" of a frozen keyword-only dataclass in a module
-    that imports nothing heavy, or None if there is nothing to set.
+    that imports nothing heavy, or None if there is nothing to set. example: "module:function" that gives a
+    `miles_core.testing.Example`, for contract tests of what cannot be tried with default options.
     """
 
     kind: ClassVar[str]
@@ -37,11 +38,12 @@ class Spec:
     ref: str
     summary: str
     options: str | None = None
+    example: str | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"{type(self).__name__} name {self.name!r} is not kebab-case")
-        for label, ref in (("ref", self.ref), ("options", self.options)):
+        for label, ref in (("ref", self.ref), ("options", self.options), ("example", self.example)):
             if ref is not None and not _REF.fullmatch(ref):
                 raise ValueError(f"{self.kind} {self.name!r}: {label} {ref!r} is not 'module:attribute'")
         if not self.summary.strip():
@@ -61,14 +63,16 @@ class LossSpec(Spec):
     """A loss: `ref` is a `roles.Loss`.
 
     needs: token columns it reads. needs_if: column -> the option that, when truthy, makes it needed
-    (`{"ref_logprobs": "kl_coef"}`). entropy: it reads `LossInputs.entropy`, which is computed only then;
-    entropy_if: the option that, when truthy, makes it so.
+    (`{"ref_logprobs": "kl_coef"}`). entropy_if: the option that, when truthy, makes it read `LossInputs.entropy`, which
+    is computed only then. compares_samples: what it gives a token depends on other samples of the micro-batch, so the
+    result depends on how samples are packed; leave it alone unless a paper asks for it.
     """
 
     kind: ClassVar[str] = "loss"
     needs: frozenset[str] = frozenset()
     needs_if: Mapping[str, str] = field(default_factory=dict)
     entropy_if: str | None = None
+    compares_samples: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -21,6 +21,9 @@ from miles_core.hooks import DeclarationHooks
 from miles_core.lifecycle import LIFECYCLE, lifecycle_hooks
 from miles_core.plugins import Catalog, Plugin, Status, discover, one_line, options_of, resolve
 from miles_core.specs import CallbackSpec, Spec
+
+if TYPE_CHECKING:
+    from miles_core.testing.checks import Verdict
 
 _COLOURS = {"active": "green", "disabled": "bright_black", "incompatible": "yellow", "failed": "red"}
 _KINDS = {kind.kind.replace(" ", "-"): kind for kind in declaration_kinds().values()}
@@ -176,30 +179,63 @@ def _options(options: type, given: Any = dataclasses.MISSING, prefix: str = "") 
 
 @plugins.command()
 @click.argument("name", required=False)
+@click.option("--verbose", "-v", is_flag=True, help="Every rule about every component, and why one was not tried.")
 @click.pass_context
-def check(ctx: click.Context, name: str | None) -> None:
-    """Check that the plugin NAME, or every one that is not disabled, keeps the rules; exit with 1 if one does not."""
+def check(ctx: click.Context, name: str | None, verbose: bool) -> None:
+    """Check that the plugin NAME, or every one that is not disabled, keeps the rules; exit with 1 if one does not.
+
+    Components are tried on made-up data and tiny models, on the CPU; see miles_core.testing.
+    """
     catalog = discover()
     chosen = [catalog.plugin(name)] if name else [plugin for plugin in catalog.plugins if plugin.status != "disabled"]
-    failing = [plugin.name for plugin in chosen if not _check(plugin)]
+    failing = [plugin.name for plugin in chosen if not _check(plugin, verbose=verbose)]
     if failing:
         click.echo(f"\n{len(failing)} of {len(chosen)} plugins break a rule: {', '.join(failing)}")
         ctx.exit(1)
 
 
-def _check(plugin: Plugin) -> bool:
-    """Prints the outcome of every rule."""
+def _check(plugin: Plugin, *, verbose: bool) -> bool:
+    """Prints the outcome of every rule about the plugin, and of those about each of its components."""
+    from itertools import groupby
+
     from miles_core.testing import checks
 
     good = True
     click.echo(f"{plugin.name} {plugin.version}")
-    for rule, faults in checks.check(plugin):
-        mark = click.style("fail", fg="red") if faults else click.style("ok  ", fg="green")
-        click.echo(f"  {mark}  {rule.replace('_', ' ')}")
-        for fault in faults:
-            click.echo(f"        {fault}")
-        good = good and not faults
+    for record, verdicts in groupby(checks.check(plugin), key=lambda verdict: verdict.record):
+        for mark, text, faults in _summary(record, verdicts) if record and not verbose else map(_outcome, verdicts):
+            click.echo(f"  {click.style(mark.ljust(4), fg=_MARKS[mark])}  {text}")
+            for fault in faults:
+                click.echo(f"        {fault}")
+            good = good and not faults
     return good
+
+
+_MARKS = {"ok": "green", "fail": "red", "skip": "yellow"}
+
+_Outcome = tuple[str, str, tuple[str, ...]]
+"""Mark, text, faults."""
+
+
+def _outcome(verdict: Verdict) -> _Outcome:
+    """Of one rule."""
+    rule = verdict.rule.replace("_", " ")
+    text = f"{verdict.record}: {rule}" if verdict.record else rule
+    if verdict.skipped:
+        return "skip", f"{text}: {verdict.skipped}", ()
+    return ("fail" if verdict.faults else "ok"), text, verdict.faults
+
+
+def _summary(record: str, verdicts: Iterable[Verdict]) -> Iterator[_Outcome]:
+    """Of the rules about one component: those that it breaks, or how many it keeps."""
+    reached = list(verdicts)
+    broken = [verdict for verdict in reached if verdict.faults]
+    yield from map(_outcome, broken)
+    if not broken:
+        skipped = sum(bool(verdict.skipped) for verdict in reached)
+        kept = f"{len(reached) - skipped} of {len(reached)} rules kept"
+        kept += ", the others not tried" if skipped else ""
+        yield "ok" if skipped < len(reached) else "skip", f"{record}: {kept}", ()
 
 
 # ---- hooks --------------------------------------------------------------------------------------------------------

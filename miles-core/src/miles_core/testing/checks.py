@@ -1,13 +1,7 @@
-"""The rules that every plugin keeps: `miles plugins check`, and tests of plugins.
+"""The rules that every plugin keeps: `miles plugins check`, and tests of plugins (`miles_core.testing.contract_tests`).
 
-A rule is a function that yields what is wrong with a plugin, in words; its docstring says what should be. A plugin's
-own tests run them all:
-
-    from miles_core.plugins import discover
-    from miles_core.testing.checks import check
-
-    def test_the_plugin_keeps_the_rules():
-        assert [fault for _, faults in check(discover().plugin("miles-example")) for fault in faults] == []
+A rule is a function that yields what is wrong, in words; its docstring says what should be. Those here look at a
+plugin as a whole; those of `miles_core.testing.kits` try one of its components.
 """
 
 from __future__ import annotations
@@ -21,36 +15,105 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from miles_core.errors import PluginError
+from miles_core.errors import MissingExtraError, PluginError, UserError
 from miles_core.plugins import CORE, Plugin, one_line, options_of, resolve
 from miles_core.specs import CallbackSpec, CommandSpec, RecipeSpec, Spec, WeightSyncSpec
+from miles_core.testing.kits import RecordRule, rules_of
+from miles_core.testing.subject import SkippedError, Subject
+from miles_core.watchdog import TimeLimitError, time_limit
 
 Rule = Callable[[Plugin], Iterable[str]]
 
 HEAVY = frozenset({"megatron", "ray", "sglang", "torch", "transformers"})
 """What a plugin's module and its options modules must not import: every command would wait for it."""
 
-_SECONDS = 60
+OF_KITS = frozenset({"torch", "transformers"})
+"""What kits import and core does without."""
+
+LIMIT_S = 120.0
+"""Seconds that one rule may take."""
+
+_IMPORT_S = 60
 
 
-def check(plugin: Plugin) -> Iterator[tuple[str, list[str]]]:
-    """(rule, faults) for every rule; only the first, `loads`, of a plugin that is not active."""
-    for rule in RULES:
-        faults = _faults(rule, plugin)
-        yield rule.__name__, faults
-        if rule is loads and faults:
-            return
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What came of a rule. record: "loss grpo" for a rule about a component, "" for one about the plugin.
+
+    faults: what is wrong, in words; skipped: why it could not be tried, "" if it could.
+    """
+
+    rule: str
+    record: str = ""
+    faults: tuple[str, ...] = ()
+    skipped: str = ""
 
 
-def _faults(rule: Rule, plugin: Plugin) -> list[str]:
-    try:
-        return list(rule(plugin))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # rules call the plugin's code, which may raise anything
-        return [one_line(error)]
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A rule that is about to be tried on a plugin, or on one of its records."""
+
+    rule: str
+    record: str
+    faults: Callable[[], Iterable[str]]
+
+    def run(self) -> Verdict:
+        """Tries it. Whatever a plugin's code raises is a fault."""
+        verdict = partial(Verdict, rule=self.rule, record=self.record)
+        try:
+            with time_limit(LIMIT_S, self.rule.replace("_", " ")):
+                return verdict(faults=tuple(self.faults()))
+        except (SkippedError, MissingExtraError) as reason:
+            return verdict(skipped=str(reason))
+        except KeyboardInterrupt:
+            raise
+        except TimeLimitError as late:
+            return verdict(faults=(str(late),))
+        except BaseException as error:
+            if isinstance(error, ModuleNotFoundError) and error.name in OF_KITS:
+                return verdict(skipped=f"{error.name} is not installed")
+            return verdict(faults=(_told(error),))
+
+
+def _told(error: BaseException) -> str:
+    """What rules raise on purpose is a sentence; of anything else, the type says more than the message."""
+    return str(error) if type(error) in (UserError, PluginError) else one_line(error)
+
+
+def cases(plugin: Plugin) -> list[Case]:
+    """Every rule that applies to the plugin; only the first, `loads`, if it is not active."""
+    about_plugin = [Case(rule=rule.__name__, record="", faults=partial(rule, plugin)) for rule in RULES]
+    if plugin.status != "active":
+        return about_plugin[:1]
+    about_records = [
+        Case(
+            rule=rule.__name__,
+            record=f"{record.kind} {record.name}",
+            faults=partial(_try, rule, plugin, record),
+        )
+        for record in plugin.records
+        for rule in rules_of(type(record))
+    ]
+    return [*about_plugin, *about_records]
+
+
+def check(plugin: Plugin) -> Iterator[Verdict]:
+    """Every rule's verdict, as it is reached."""
+    return (case.run() for case in cases(plugin))
+
+
+def _try(rule: RecordRule, plugin: Plugin, record: Spec) -> list[str]:
+    with TemporaryDirectory(prefix="miles-check-") as folder:
+        return list(rule(Subject(plugin, record, Path(folder))))
+
+
+# ---- Rules about a plugin as a whole --------------------------------------------------------------------------------
 
 
 def loads(plugin: Plugin) -> Iterator[str]:
@@ -83,10 +146,10 @@ def imports_lightly(plugin: Plugin) -> Iterator[str]:
     command = [sys.executable, "-c", code, json.dumps(sys.path), plugin.entry, *sorted(options)]
     try:
         done = subprocess.run(  # noqa: S603 — our own interpreter
-            command, capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL, check=False
+            command, capture_output=True, text=True, timeout=_IMPORT_S, stdin=subprocess.DEVNULL, check=False
         )
     except subprocess.TimeoutExpired:
-        yield f"importing it takes more than {_SECONDS} seconds"
+        yield f"importing it takes more than {_IMPORT_S} seconds"
         return
     if done.returncode:
         yield f"importing it in a fresh process fails: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
@@ -107,8 +170,8 @@ def _reference_faults(record: Spec) -> Iterator[str]:
     if isinstance(record, RecipeSpec):
         yield from _recipe_faults(record)
         return
-    refs = [record.ref, record.receiver] if isinstance(record, WeightSyncSpec) else [record.ref]
-    for ref in refs:
+    receiver = record.receiver if isinstance(record, WeightSyncSpec) else None
+    for ref in filter(None, (record.ref, receiver, record.example)):
         try:
             target = resolve(ref)
         except PluginError as error:
@@ -135,7 +198,7 @@ def _recipe_faults(recipe: RecipeSpec) -> Iterator[str]:
 
 
 def options_fit_run_files(plugin: Plugin) -> Iterator[str]:
-    """Options are frozen keyword-only dataclasses of types that a run file can say, and their defaults survive it."""
+    """Options are frozen keyword-only dataclasses of types that a run file can say, and their defaults survive one."""
     for record in plugin.records:
         try:
             options = options_of(record)
@@ -185,11 +248,8 @@ def _round_trip_faults(options: type) -> Iterator[str]:
     from miles_core.config.build import build, plain
     from miles_core.config.source import read_toml
 
-    if any(_required(field) for field in dataclasses.fields(options)):
-        return
-    try:
-        defaults = options()
-    except ValueError:  # something must be chosen, which is as good as a required field
+    defaults = _defaults(options)
+    if defaults is None:
         return
     text = tomli_w.dumps(_without_unset(plain(defaults)))
     again: object = build(options, read_toml(text, lambda line: f"line {line}"), ())
@@ -206,6 +266,44 @@ def _without_unset(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_unset(item) for key, item in value.items() if item is not None}
     return value
+
+
+def records_are_the_same_again(plugin: Plugin) -> Iterator[str]:
+    """Asked twice, it declares the same: records do not depend on when, where or how often they are asked for."""
+    from miles_core.declarations import declarations
+
+    for _ in range(2):
+        again = tuple(declarations(importlib.import_module(plugin.entry)))
+        if again != plugin.records:
+            other = [record for record in again if record not in plugin.records] or plugin.records
+            yield f"asked again, it declares something else: {other[0]!r:.100}"
+            return
+
+
+def records_travel(plugin: Plugin) -> Iterator[str]:
+    """Records and options survive pickling, because they go to worker processes."""
+    import pickle
+
+    for record in plugin.records:
+        if pickle.loads(pickle.dumps(record)) != record:  # noqa: S301 — our own bytes
+            yield f"{record.kind} {record.name} is another record after pickling"
+        try:
+            options = options_of(record)
+        except PluginError:  # options_fit_run_files says so
+            continue
+        defaults = _defaults(options) if options else None
+        if defaults is not None and pickle.loads(pickle.dumps(defaults)) != defaults:  # noqa: S301 — as above
+            yield f"{record.options}: its defaults are others after pickling"
+
+
+def _defaults(options: type) -> Any:
+    """The default options; None if something must be chosen."""
+    if any(_required(field) for field in dataclasses.fields(options)):
+        return None
+    try:
+        return options()
+    except ValueError:  # something must be chosen, which is as good as a required field
+        return None
 
 
 def names_are_free(plugin: Plugin) -> Iterator[str]:
@@ -240,7 +338,9 @@ RULES: tuple[Rule, ...] = (
     imports_lightly,
     references_resolve,
     options_fit_run_files,
+    records_are_the_same_again,
+    records_travel,
     names_are_free,
     callbacks_have_hooks,
 )
-"""All rules, in the order in which they are checked and shown."""
+"""All of them, in the order in which they are checked and shown."""

@@ -1,0 +1,206 @@
+"""The contract rules that need a model: each finds the mistake that it is there for, in a component of miles-torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from miles_core.plugins import Plugin, discover
+from miles_core.roles import Bucket, PauseMode
+from miles_core.sample import Batch, Completion, Request
+from miles_core.specs import EngineSpec, ModelSpec, Spec, TrainerSpec, WeightSyncSpec
+from miles_core.testing.checks import cases
+from miles_qwen.family import Qwen3
+from miles_torch.engine import TorchEngine
+from miles_torch.sync import TorchReceiver, TorchSender
+from miles_torch.trainer import TorchTrainer
+
+
+def faults(monkeypatch: pytest.MonkeyPatch, rule: str, like: tuple[type[Spec], str], **parts: Any) -> tuple[str, ...]:
+    """What a rule says. like: the record that the component shares its traits with; parts: field -> class."""
+    module = ModuleType("acme_parts")
+    monkeypatch.setitem(sys.modules, "acme_parts", module)
+    for field, part in parts.items():
+        setattr(module, field, part)
+    record = replace(discover().get(*like).spec, **{field: f"acme_parts:{field}" for field in parts})
+    plugin = Plugin(name="acme", version="1", entry="acme", requires=">=0.1", status="active", records=(record,))
+    (case,) = (case for case in cases(plugin) if case.rule == rule)
+    return case.run().faults
+
+
+# ---- Engines --------------------------------------------------------------------------------------------------------
+
+
+class Changing(TorchEngine):
+    """Changes completions on their way out."""
+
+    def change(self, completion: Completion) -> Completion:
+        return completion
+
+    def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, list[Completion]]]:
+        return self._changed(super().generate(requests))
+
+    async def _changed(self, answers: Any) -> AsyncIterator[tuple[str, list[Completion]]]:
+        async for name, completions in answers:
+            yield name, [self.change(completion) for completion in completions]
+
+
+class WrongLogprobs(Changing):
+    def change(self, completion: Completion) -> Completion:
+        return replace(completion, logprobs=completion.logprobs - np.float32(0.01))
+
+
+class WrongVersions(Changing):
+    def change(self, completion: Completion) -> Completion:
+        return replace(completion, versions=np.zeros_like(completion.versions))
+
+
+class TooShort(Changing):
+    def change(self, completion: Completion) -> Completion:
+        return replace(completion, logprobs=completion.logprobs[1:])
+
+
+class NeverAborts(TorchEngine):
+    async def abort(self, ids: Iterable[str] | None = None) -> None: ...
+
+
+class DrainsAlways(TorchEngine):
+    async def pause(self, mode: PauseMode) -> None:
+        await super().pause("drain")
+
+
+class IgnoresSeeds(TorchEngine):
+    seed = 0
+
+    def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, list[Completion]]]:
+        type(self).seed += 1
+        return super().generate([replace(one, seeds=tuple(self.seed for _ in one.seeds)) for one in requests])
+
+
+@pytest.mark.parametrize(
+    ("engine", "rule", "fault"),
+    [
+        (WrongLogprobs, "gives_the_logprobs_of_the_model", "a log-probability differs by 0.01"),
+        (WrongVersions, "pauses_as_its_record_says", "in-place: tokens of both versions are wanted"),
+        (TooShort, "gives_each_seed_a_completion", "columns of lengths [5, 6]"),
+        (NeverAborts, "ends_what_is_aborted", "the aborted request has 256 tokens"),
+        (DrainsAlways, "pauses_as_its_record_says", "in-place: what runs must not be finished when `pause` returns"),
+        (IgnoresSeeds, "gives_the_same_seed_the_same_tokens", "gives other tokens when the same seeds come again"),
+    ],
+)
+def test_engines(monkeypatch: pytest.MonkeyPatch, engine: type, rule: str, fault: str) -> None:
+    assert fault in str(faults(monkeypatch, rule, (EngineSpec, "torch"), ref=engine))
+
+
+# ---- Trainers -------------------------------------------------------------------------------------------------------
+
+
+class Averages(TorchTrainer):
+    """Its objective is a mean over tokens, whatever the weights say."""
+
+    def update(self, batch: Batch, step: int, passes: int) -> Mapping[str, float]:
+        return super().update(batch.with_columns(weights=np.full(batch.tokens_total, 1e-3)), step, passes)
+
+
+class Climbs(TorchTrainer):
+    def update(self, batch: Batch, step: int, passes: int) -> Mapping[str, float]:
+        return super().update(batch.with_columns(advantages=-batch["advantages"]), step, passes)
+
+
+class ForgetsTheOptimizer(TorchTrainer):
+    def restore(self, folder: Any) -> None:
+        super().restore(folder)
+        self._optimizer.state.clear()
+
+
+class MovesTheReference(TorchTrainer):
+    def update(self, batch: Batch, step: int, passes: int) -> Mapping[str, float]:
+        report = super().update(batch, step, passes)
+        if self._reference is not None:
+            self._reference.load_state_dict(self._policy.state_dict())
+        return report
+
+
+class WrongTemperature(TorchTrainer):
+    def logprobs(self, batch: Batch, which: Any, step: int) -> Any:
+        return super().logprobs(replace(batch, temperature=1.1), which, step)
+
+
+class Twice(TorchTrainer):
+    def export(self) -> Iterator[Bucket]:
+        for bucket in super().export():
+            yield bucket
+            yield bucket
+
+
+class Rounds(TorchTrainer):
+    def export(self) -> Iterator[Bucket]:
+        return (replace(bucket, flat=bucket.flat.bfloat16().float()) for bucket in super().export())
+
+
+@pytest.mark.parametrize(
+    ("trainer", "rule", "fault"),
+    [
+        (Averages, "has_the_gradient_of_the_objective", "grad_norm is"),
+        (Climbs, "learns", "it must rise"),
+        (ForgetsTheOptimizer, "continues_exactly_from_a_checkpoint", "differs"),
+        (MovesTheReference, "keeps_the_reference", "after a step the reference differs"),
+        (WrongTemperature, "gives_the_logprobs_of_the_model", "a log-probability differs"),
+        (Twice, "exports_what_its_layout_says", "is exported 2 times"),
+        (Rounds, "exports_what_its_layout_says", "model.embed_tokens.weight differs"),
+    ],
+)
+def test_trainers(monkeypatch: pytest.MonkeyPatch, trainer: type, rule: str, fault: str) -> None:
+    assert fault in str(faults(monkeypatch, rule, (TrainerSpec, "torch"), ref=trainer))
+
+
+# ---- Weight syncs and models ----------------------------------------------------------------------------------------
+
+
+class FlipsABit(TorchReceiver):
+    def receive(self, load: Any) -> None:
+        def corrupted(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
+            load(names, [tensor if name != "c" else -tensor for name, tensor in zip(names, tensors, strict=True)])
+
+        super().receive(corrupted)
+
+
+def test_weight_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = "carries_every_tensor_to_every_engine"
+    found = faults(monkeypatch, rule, (WeightSyncSpec, "torch-to-torch"), ref=TorchSender, receiver=FlipsABit)
+    assert "float32, transfer 0, engine 0: c is not what was sent" in found
+    assert all(": c is not" in fault for fault in found)
+
+
+class CountsTiedTwice(Qwen3):
+    def parameters(self, config: Mapping[str, Any]) -> int:
+        return super().parameters({**config, "tie_word_embeddings": False})
+
+
+class TakesAnything(Qwen3):
+    def fresh(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return super().fresh({name: value for name, value in config.items() if name != "hidden_sise"})
+
+
+class OtherArchitecture(Qwen3):
+    def fresh(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().fresh(config), "architectures": ["Qwen2ForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "rule", "fault"),
+    [
+        (CountsTiedTwice, "is_known_to_transformers", "parameters, and there are"),
+        (TakesAnything, "refuses_unknown_fields", "it accepts the field hidden_sise"),
+        (OtherArchitecture, "completes_a_config", "the config says ['Qwen2ForCausalLM']"),
+    ],
+)
+def test_models(monkeypatch: pytest.MonkeyPatch, family: type, rule: str, fault: str) -> None:
+    assert fault in str(faults(monkeypatch, rule, (ModelSpec, "qwen3"), ref=family))
