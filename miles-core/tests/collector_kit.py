@@ -23,7 +23,7 @@ from miles_core.specs import DataSourceSpec, EngineSpec, FilterSpec, LossSpec, R
 
 
 class Counting:
-    """A data source: the prompt of position n is the token n + 1, and nothing plain about its metadata."""
+    """A data source: the prompt of position n is the token n + 1, and its metadata are nothing for JSON."""
 
     size = None
 
@@ -33,7 +33,7 @@ class Counting:
     def next(self) -> Prompt:
         position, self.position = self.position, self.position + 1
         tokens = np.array([position + 1], np.int32)
-        return Prompt(id=position, tokens=tokens, text="", answer=str(position), metadata={(1, 2): position})
+        return Prompt(id=position, tokens=tokens, text="", answer=str(position), metadata={"set": {position}})
 
     def seek(self, position: int) -> None:
         self.position = position
@@ -80,6 +80,7 @@ class Scores:
     """Rewards: the sample's place in its group, all equal for the groups of `equal`, failed for those of `failed`."""
 
     last_traceback = "Traceback of the reward"
+    reward_weights: Mapping[str, float] = {"toy": 1.0}
 
     def __init__(self, equal: Collection[int] = (), failed: Collection[int] = ()) -> None:
         self.equal, self.failed = equal, failed
@@ -100,7 +101,6 @@ def plan(
     *, batch: int = 2, samples: int = 2, steps: int = 4, staleness: int = 0, filtered: bool = False, **cluster: Any
 ) -> schema.Plan:
     """One stage of single-turn rollouts, with the filter nonzero-std if `filtered`."""
-    made = {"ref": "test:x", "summary": "x"}
 
     def component(kind: Any, name: str, ref: str = "test:x") -> schema.Component:
         return schema.Component(spec=kind(name=name, ref=ref, summary="x"), plugin="test")
@@ -118,7 +118,7 @@ def plan(
         rewards=(),
         filters=(component(FilterSpec, "nonzero-std", "test:nonzero_std"),) if filtered else (),
         advantage=None,
-        loss=schema.Component(spec=LossSpec(name="none", **made), plugin="test"),
+        loss=schema.Component(spec=LossSpec(name="none", ref="test:x", summary="x"), plugin="test"),
         loss_section=schema.LossSection(name="none"),
         trainer=trainer,
     )

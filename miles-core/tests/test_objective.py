@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import math
 import pickle
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from miles_core import CorrectionSpec, LossSpec
-from miles_core.config.schema import Component, Schedule
+from miles_core.config.schema import Component, LossSection, Schedule
 from miles_core.roles import CorrectionOutputs, LossInputs, LossOutputs, Segments
 from miles_core.run.objective import Objective, train_stage
 
@@ -88,6 +91,7 @@ def test_a_stage_knows_what_its_loss_and_corrections_read(monkeypatch):
         name="train",
         loss=Component(spec=loss_spec, plugin="p", options=options),
         corrections=(Component(spec=correction, plugin="p", options=3),),
+        loss_section=LossSection(name="fake"),
         schedule=Schedule(steps=5, prompts_per_step=4, minibatches=2),
         trainer=SimpleNamespace(options="trainer options"),
     )
@@ -95,3 +99,22 @@ def test_a_stage_knows_what_its_loss_and_corrections_read(monkeypatch):
     assert got.loss == Objective(loss=loss, corrections=(("ratio", ratio, 3),))
     assert got.needs == {"advantages", "ref_logprobs", "old_logprobs", "rollout_logprobs"}
     assert (got.loss_options, got.entropy, got.optimizer_steps, got.options) == (options, False, 10, "trainer options")
+
+
+def ratio_of(inputs, options):
+    return LossOutputs(losses=(inputs.logprobs - inputs.old_logprobs).exp())
+
+
+@pytest.mark.parametrize("old_policy", ["recompute", "rollout", "interpolate"])
+def test_the_old_policy_is_what_the_run_file_says(old_policy):
+    given = replace(inputs(), staleness=torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64))
+    outputs = Objective(loss=ratio_of, old_policy=old_policy)(given, None)
+    expected = []
+    columns = (given.logprobs.tolist(), given.old_logprobs.tolist(), given.rollout_logprobs.tolist(), [0, 1, 3])
+    for now, before, rollout, versions in zip(*columns, strict=True):
+        share = versions / (versions + 1)
+        old = {"recompute": before, "rollout": rollout, "interpolate": (1 - share) * rollout + share * now}[old_policy]
+        expected.append(math.exp(now - old))
+    assert outputs.losses.tolist() == pytest.approx(expected)
+    (gradient,) = torch.autograd.grad(outputs.losses.sum(), given.logprobs)
+    torch.testing.assert_close(gradient, outputs.losses.detach())

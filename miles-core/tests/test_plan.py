@@ -41,6 +41,7 @@ from miles_core.cli.recipes import recipes as recipes_command
 from miles_core.config.estimate import estimate, readable
 from miles_core.config.layers import open_catalog
 from miles_core.config.schema import Plan
+from miles_core.config.traits import loss_columns
 from miles_core.errors import UserError
 from miles_core.plugins import Catalog, Plugin
 from miles_core.run.plan import check_folder, load_plan, make_plan, write_run_files
@@ -293,6 +294,19 @@ def test_a_stage_that_generates_nothing_has_nothing_to_correct() -> None:
     warm_up, rl = plan.stages
     assert warm_up.corrections == ()
     assert [one.spec.name for one in rl.corrections] == ["reweighted"]
+
+
+@pytest.mark.parametrize(
+    ("old_policy", "read"),
+    [
+        ("recompute", {"advantages", "old_logprobs"}),
+        ("rollout", {"advantages", "rollout_logprobs"}),
+        ("interpolate", {"advantages", "rollout_logprobs", "staleness"}),
+    ],
+)
+def test_what_a_loss_reads_follows_from_its_old_policy(old_policy: str, read: set[str]) -> None:
+    (stage,) = plan_of(RUN, f"loss.old_policy={old_policy}").stages
+    assert loss_columns(stage) == read
 
 
 def test_flags_reach_one_stage_by_its_name_and_all_stages_without() -> None:

@@ -135,6 +135,7 @@ def test_the_reward_is_the_weighted_sum_of_all_rewards() -> None:
 def test_one_reward_twice_is_told_apart() -> None:
     with scorer(reward("Length"), reward("Length", options=10.0)) as made:
         assert scored(made, group("abc"))[0].rewards == {"length": 3.0, "length-2": 30.0}
+        assert set(made.reward_weights) == {"length", "length-2"}
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,8 @@ class LossInputs:
 
     logprobs: [T], of the policy being trained, with gradient. The others have none and are None unless the loss's
     record says it needs them: advantages, returns, old_logprobs (the policy before this batch's first update),
-    rollout_logprobs (the engine's), ref_logprobs (frozen reference), old values; entropy [T] (with gradient) and
-    values [T] (critic, with gradient).
+    rollout_logprobs (the engine's), staleness (versions that lie between these two), ref_logprobs (frozen reference),
+    old values; entropy [T] (with gradient) and values [T] (critic, with gradient).
     """
 
     logprobs: Tensor
@@ -70,6 +70,7 @@ class LossInputs:
     returns: Tensor | None = None
     old_logprobs: Tensor | None = None
     rollout_logprobs: Tensor | None = None
+    staleness: Tensor | None = None
     ref_logprobs: Tensor | None = None
     old_values: Tensor | None = None
     values: Tensor | None = None

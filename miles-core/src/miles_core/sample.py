@@ -160,9 +160,10 @@ class Batch:
     cu_seqlens: int64 [S + 1]; sample s is tokens cu_seqlens[s] to cu_seqlens[s + 1], its prompt first.
     columns: token columns [T], named in `TOKEN_COLUMNS`: tokens int32, mask bool, rollout_logprobs float32,
     versions int32 always; weights, advantages, returns, old_logprobs, ref_logprobs, values float64 or float32 once
-    computed. samples: per-sample columns [S], named in `SAMPLE_COLUMNS`: reward float64, group int64, index int32,
-    prompt_length int64, scored bool (neither failed nor aborted, so the reward means something), truncated bool,
-    baseline bool; minibatch int32 once the weights are computed.
+    computed; staleness float32, the versions that a generated token lags behind, where a loss reads it.
+    samples: per-sample columns [S], named in `SAMPLE_COLUMNS`: reward float64, group int64, index int32, prompt_length
+    int64, scored bool (neither failed nor aborted, so the reward means something), truncated bool, baseline bool;
+    minibatch int32 once the weights are computed.
     reward_parts: each reward component before weighting, float64 [S]. reward_weights: the weight of each, 1 if absent.
     temperature: of the sampling; the trainer divides logits by it.
 

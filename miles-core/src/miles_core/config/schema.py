@@ -14,6 +14,7 @@ from miles_core.roles import PauseMode
 from miles_core.sample import Sampling
 from miles_core.specs import Options, Spec
 
+OldPolicy = Literal["recompute", "rollout", "interpolate"]
 Aggregation = Literal["token", "sequence", "sequence-sum", "group", "constant"]
 
 
@@ -88,12 +89,14 @@ class LossSection:
     """`[loss]`, beside the loss's own options. aggregation: how per-token losses become one number, through
     `Batch.weights`; see `miles_core.run.weights`. aggregation_length: the constant of "constant". mask_truncated:
     samples that reached the length limit are not trained, but their rewards still count for the advantages of their
-    siblings (overlong filtering)."""
+    siblings (overlong filtering). old_policy: what the loss takes for the policy before the batch's first update; see
+    `miles_core.run.objective`."""
 
     name: str
     aggregation: Aggregation = "token"
     aggregation_length: int | None = None
     mask_truncated: bool = False
+    old_policy: OldPolicy = "recompute"
 
     def __post_init__(self) -> None:
         if (self.aggregation == "constant") != (self.aggregation_length is not None):
@@ -252,7 +255,8 @@ class Plan:
     """A whole run, checked. Picklable; every process gets it. needs no torch.
 
     folder: the run folder, not yet made. directory: where the run was started, which relative paths in it are relative
-    to, in every process and after a resume from elsewhere. engine, sync: None if no stage generates and nothing is evaluated.
+    to, in every process and after a resume from elsewhere. engine, sync: None if no stage generates and nothing is
+    evaluated.
     values: the resolved run file, nested; origins: dotted name -> where the value came from.
     plugin_set: the plugins that every process must load, as (distribution, version, entry point value).
     """

@@ -39,10 +39,25 @@ def needed_columns(component: Component) -> frozenset[str]:
     return spec.needs | asked
 
 
+_IN_PLACE_OF_OLD = {
+    "recompute": frozenset({"old_logprobs"}),
+    "rollout": frozenset({"rollout_logprobs"}),
+    "interpolate": frozenset({"rollout_logprobs", "staleness"}),
+}
+"""What a loss's old log-probabilities are made of, by loss.old_policy."""
+
+
+def loss_columns(stage: Stage) -> frozenset[str]:
+    """The token columns that a stage's loss and its corrections read."""
+    read: frozenset[str] = frozenset().union(*map(needed_columns, [stage.loss, *stage.corrections]))
+    if "old_logprobs" in read:
+        read = read - {"old_logprobs"} | _IN_PLACE_OF_OLD[stage.loss_section.old_policy]
+    return read
+
+
 def stage_columns(stage: Stage) -> frozenset[str]:
     """The token columns that anything in a stage reads."""
-    readers = [stage.loss, *stage.corrections, *([stage.advantage] if stage.advantage is not None else [])]
-    return frozenset().union(*map(needed_columns, readers))
+    return loss_columns(stage) | (needed_columns(stage.advantage) if stage.advantage is not None else frozenset())
 
 
 def reads_advantage(readers: Iterable[Component], trainer: Component) -> bool:

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles_core.config.schema import Plan, Stage
+from miles_core.config.traits import loss_columns
 from miles_core.errors import RunError
 from miles_core.roles import Filter
 from miles_core.run import buffer
@@ -255,12 +256,18 @@ class Collector:
         for group in chosen:
             del progress.done[group], progress.begun[group]
         progress.used += len(chosen)
+        scorer = self._scorer(self.index)
         batch = Batch.pack(
             samples,
             temperature=self.stage.sampling.temperature or 1.0,
-            reward_weights={component.spec.name: section.weight for component, section in self.stage.rewards},
+            reward_weights=scorer.reward_weights if scorer else {},
         )
+        if "staleness" in loss_columns(self.stage):
+            lag = np.where(batch["versions"] >= 0, step - batch["versions"], 0)
+            batch = batch.with_columns(staleness=lag.astype(np.float32))
         metrics = {**group_metrics([samples]), **self._staleness(batch, step)}
+        if not _scores(self.stage):
+            del metrics["reward"]  # nobody gave one
         for name in ("dropped", "failed"):
             metrics[name] = float(getattr(progress, name))
             setattr(progress, name, 0)

@@ -18,7 +18,7 @@ from typing import Any
 from miles_core.cluster.members import CollectorMember, EngineMember, TrainerMember, hooks_of
 from miles_core.cluster.session import Member, Place, Session
 from miles_core.config.schema import Plan, Stage
-from miles_core.config.traits import stage_columns
+from miles_core.config.traits import needed_columns, stage_columns
 from miles_core.errors import RunError, UserError, explained
 from miles_core.roles import RunInfo, Tracker
 from miles_core.run import checkpoint
@@ -215,11 +215,13 @@ class Run:
         return replace(batch, columns=columns)
 
     def _columns(self, stage: Stage) -> frozenset[str]:
-        """Old log-probabilities are the policy's own while there is one optimizer step a batch, so nobody asks."""
+        """While there is one optimizer step a batch, a loss's old log-probabilities are the policy's own: no pass."""
         needed = stage_columns(stage) & FROM_TRAINER.keys()
         schedule = stage.schedule
         single = schedule.updates_per_batch * schedule.minibatches == 1
-        return needed - {"old_logprobs"} if single else needed
+        if single and not (stage.advantage and "old_logprobs" in needed_columns(stage.advantage)):
+            needed -= {"old_logprobs"}
+        return needed
 
     async def advantage(self, batch: BatchRef) -> BatchRef:
         """The batch with advantages and weights."""

@@ -55,6 +55,11 @@ class Scorer:
         self.busy_seconds = 0.0
         self.last_traceback: str | None = None
 
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """The weight of each reward, by the name that it has in `Sample.rewards`."""
+        return {setup.label: weight for setup, weight in zip(self._setups, self._weights, strict=True)}
+
     async def score(self, group: Group) -> Group:
         """The samples with `reward` (the weighted sum) and `rewards` filled.
 

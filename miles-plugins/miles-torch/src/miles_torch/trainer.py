@@ -41,6 +41,7 @@ _FIELDS = {
     "returns": "returns",
     "old_logprobs": "old_logprobs",
     "rollout_logprobs": "rollout_logprobs",
+    "staleness": "staleness",
     "ref_logprobs": "ref_logprobs",
     "values": "old_values",
 }
