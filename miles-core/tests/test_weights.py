@@ -149,6 +149,16 @@ def test_truncated_samples_can_be_masked_and_then_count_for_nothing():
     assert batch["mask"].sum() == 3
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_weight_of_a_sample_multiplies_its_tokens_weights(aggregation):
+    samples = [make(0, 0, [True, True]), make(0, 1, [True]), make(1, 0, [True] * 3)]
+    plain = aggregate(Batch.pack(samples), section(aggregation), 1)
+    samples[1] = replace(samples[1], weight=2.5)
+    weighted = aggregate(Batch.pack(samples), section(aggregation), 1)
+    factors = np.where(weighted.segment_ids == 1, 2.5, 1.0)
+    np.testing.assert_allclose(weighted["weights"], plain["weights"] * factors)
+
+
 @pytest.mark.parametrize("status", ["failed", "aborted"])
 def test_samples_that_could_not_be_scored_are_not_trained(status):
     samples = [make(0, 0, [True, True]), replace(make(0, 1, [True] * 3), status=status)]

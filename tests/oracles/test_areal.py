@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from miles_core.roles import LossOutputs
+from miles_core.run.objective import Objective
 from miles_grpo.advantage.grpo import dr_grpo, grpo
 from miles_grpo.advantage.rloo import rloo
 from miles_grpo.advantage.whiten import whitened
@@ -20,6 +22,8 @@ from miles_grpo.loss.sapo import sapo
 from miles_grpo.options import GSPO, MIS, SAPO, TIS, ClippedLoss, GRPOAdvantage, WhitenOptions
 from miles_ppo.loss import critic
 from miles_ppo.options import Critic
+from miles_rewards.length import LengthPenalty
+from miles_rewards.options import LengthPenalty as LengthPenaltyOptions
 
 
 def sampling(level, action, metric, agg="mean", *, low=None, high):
@@ -46,6 +50,22 @@ def test_decoupled_ppo(areal, case, same, dual_clip, decoupled):
     if decoupled:
         losses = losses * tis(case.correction_inputs(), TIS(high=1.3)).weights
     same((case.weights("token") * losses).sum(), theirs, case.logprobs)
+
+
+def test_the_old_policy_by_interpolation(areal, case):
+    """Its current version is the one that the update makes, and the one before it is the last that was published."""
+    published = 5
+    versions = torch.arange(case.mask.numel()).reshape(case.mask.shape) % (published + 1)
+    expected = areal.actor.compute_prox_logp_approximations(
+        case.rollout, case.logprobs.detach(), versions, published + 1, method="loglinear"
+    )["loglinear"]
+
+    def old(inputs, options):
+        return LossOutputs(losses=inputs.old_logprobs)
+
+    staleness = (published - versions)[case.mask].double()
+    outputs = Objective(loss=old, old_policy="interpolate")(replace(case.loss_inputs(), staleness=staleness), None)
+    torch.testing.assert_close(outputs.losses, expected[case.mask], atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -130,3 +150,13 @@ def test_whitening(areal, case, unbiased):
     options = WhitenOptions(variance="sample" if unbiased else "population", eps=1e-5, eps_added_to="deviation")
     ours = whitened(case.returns.reshape(-1).numpy(), case.mask.reshape(-1).numpy(), options)
     torch.testing.assert_close(case.padded(ours)[case.mask], theirs[case.mask], atol=1e-8, rtol=1e-8)
+
+
+def test_overlong_penalty(areal, case):
+    """No response is longer than the limit, below which it never reaches -1."""
+    data = {"rewards": torch.zeros(8).double(), "input_ids": case.mask, "loss_mask": case.mask}
+    theirs = areal.functional.reward_overlong_penalty(data, 6, 1.0, 9)["rewards"]
+    samples: list[Any] = [SimpleNamespace(mask=row.numpy()) for row in case.mask]
+    ours = LengthPenalty(LengthPenaltyOptions(max_tokens=9, cache=6)).score(samples)
+    assert min(ours) < 0
+    torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), theirs)

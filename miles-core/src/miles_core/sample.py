@@ -110,6 +110,7 @@ class Sample:
     versions: int32 [R], -1 where not generated. group: the id of the prompt; index: place among its samples.
     reward is None until scored; rewards holds each component before weighting; error says why scoring failed.
     baseline: it is never trained (its mask is all false) and only says how good the prompt is, as in ReMax.
+    weight: how often it counts in the objective; see `miles_core.run.weights`.
     """
 
     group: int
@@ -128,6 +129,7 @@ class Sample:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     routed_experts: IntArray | None = None
     baseline: bool = False
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         lengths = {len(self.response), len(self.mask), len(self.logprobs), len(self.versions)}
@@ -148,7 +150,7 @@ Group = list[Sample]
 """The samples of one prompt, in order of `index`."""
 
 SAMPLE_COLUMNS = frozenset(
-    {"reward", "group", "index", "minibatch", "prompt_length", "scored", "truncated", "baseline"}
+    {"reward", "group", "index", "minibatch", "prompt_length", "scored", "truncated", "baseline", "weight"}
 )
 """Names of the per-sample columns a batch may have."""
 
@@ -162,8 +164,8 @@ class Batch:
     versions int32 always; weights, advantages, returns, old_logprobs, ref_logprobs, values float64 or float32 once
     computed; staleness float32, the versions that a generated token lags behind, where a loss reads it.
     samples: per-sample columns [S], named in `SAMPLE_COLUMNS`: reward float64, group int64, index int32, prompt_length
-    int64, scored bool (neither failed nor aborted, so the reward means something), truncated bool, baseline bool;
-    minibatch int32 once the weights are computed.
+    int64, scored bool (neither failed nor aborted, so the reward means something), truncated bool, baseline bool,
+    weight float64; minibatch int32 once the weights are computed.
     reward_parts: each reward component before weighting, float64 [S]. reward_weights: the weight of each, 1 if absent.
     temperature: of the sampling; the trainer divides logits by it.
 
@@ -277,6 +279,7 @@ class Batch:
                 "scored": np.array([sample.status not in ("failed", "aborted") for sample in samples], dtype=np.bool_),
                 "truncated": np.array([sample.status == "truncated" for sample in samples], dtype=np.bool_),
                 "baseline": np.array([sample.baseline for sample in samples], dtype=np.bool_),
+                "weight": np.array([sample.weight for sample in samples], dtype=np.float64),
             },
             reward_parts={
                 name: np.array([sample.rewards.get(name, np.nan) for sample in samples], dtype=np.float64)

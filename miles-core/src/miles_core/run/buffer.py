@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from miles_core.sample import Group, Prompt, Sample
 
 _PROMPT, _RESPONSE = ("prompt",), ("response", "mask", "logprobs", "versions")
-_FIELDS = ("group", "index", "status", "text", "reward", "rewards", "error", "baseline")
+_FIELDS = ("group", "index", "status", "text", "reward", "rewards", "error", "baseline", "weight")
 
 
 def save(folder: Path, state: Mapping[str, Any], groups: Mapping[int, tuple[int, Group]]) -> None:
@@ -75,5 +75,5 @@ class _Reader:
         self._response += response_length
         return Sample(**fields, **found, routed_experts=experts, answer=prompt.answer, metadata=prompt.metadata)
 
-    def _cut(self, names: tuple[str, ...], start: int, length: int) -> dict[str, NDArray[Any]]:
+    def _cut(self, names: tuple[str, ...], start: int, length: int) -> dict[str, Any]:
         return {name: self._arrays[name][start : start + length] for name in names}

@@ -18,8 +18,9 @@ For one mini-batch, with n_s the trained tokens of sample s, S the samples and G
                                             "seq-mean-token-sum-norm".
 
 Samples without a trained token weigh nothing and are not counted in S and G, as in verl; TRL counts them in "grpo" and
-"dr_grpo". Failed and aborted samples are never trained. A mini-batch without any trained token has only zero weights: a
-step with a zero gradient.
+"dr_grpo". Failed and aborted samples are never trained. `Sample.weight` multiplies the weights of a sample's tokens and
+changes nothing else, so a weight of 2 is not the same as the sample twice. A mini-batch without any trained token has
+only zero weights: a step with a zero gradient.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def aggregate(batch: Batch, loss: LossSection, minibatches: int) -> Batch:
     tokens = np.bincount(segments[mask], minlength=len(batch)).astype(np.float64)
     counts = _Counts(tokens=tokens, minibatch=minibatch.astype(np.int64), group=batch.samples["group"])
     denominator = _DENOMINATORS[loss.aggregation](counts) * (loss.aggregation_length or 1)
-    per_sample = np.divide(1.0, denominator, where=counts.live, out=np.zeros(len(batch)))
+    own = batch.samples.get("weight", np.ones(len(batch)))
+    per_sample = np.divide(own, denominator, where=counts.live, out=np.zeros(len(batch)))
     weights = np.where(mask, per_sample[segments], 0.0)
     return batch.with_samples(minibatch=minibatch).with_columns(weights=weights)
 
