@@ -19,7 +19,7 @@ from miles_core.errors import RunError
 from miles_core.sample import Completion, IntArray, Request, Sampling
 
 POLL_S = 5.0
-"""How long a poll waits in the engine; only so long can a dead engine stay unnoticed."""
+"""How long a poll waits in the engine; so much later than its deadline a silent engine may be noticed."""
 
 
 @dataclass
@@ -39,7 +39,8 @@ class _Engine:
 
 
 class EnginePool:
-    """engines: (name, actor, log) each. deadline_s: the longest silence of an engine that has work."""
+    """engines: (name, actor, log) each. deadline_s: the longest silence of an engine that has work: that it neither
+    finishes anything nor computes."""
 
     def __init__(self, engines: Sequence[tuple[str, Any, Path]], deadline_s: float) -> None:
         self._engines = [_Engine(Member(*engine)) for engine in engines]
@@ -105,18 +106,19 @@ class EnginePool:
         """Polls the engine for as long as it has work."""
         try:
             while engine.waiting:
-                finished, engine.busy_seconds = await engine.member.actor.take.remote(POLL_S)
+                finished, busy_seconds = await engine.member.actor.take.remote(POLL_S)
                 for name, result in finished:
                     self._deliver(engine, name, result)
-                self._check_silence(engine, bool(finished))
+                self._check_silence(engine, bool(finished) or busy_seconds > engine.busy_seconds)
+                engine.busy_seconds = busy_seconds
         except Exception as error:
             self._fail(engine, translated(error, engine.member, "generate"))
         finally:
             engine.poll = None
 
     def _deliver(self, engine: _Engine, name: str, result: list[Completion] | BaseException) -> None:
-        _, future = engine.waiting.pop(name)
-        if future.done():
+        _, future = engine.waiting.pop(name, (0, None))
+        if future is None or future.done():  # whoever waited has heard of a failure, or has gone
             return
         if isinstance(result, BaseException):
             future.set_exception(result)
@@ -129,8 +131,8 @@ class EnginePool:
             engine.heard = now
         elif now - engine.heard > self._deadline_s:
             raise RunError(
-                f"{engine.member.name} has finished nothing for {self._deadline_s:g} s (cluster.deadline_s), with "
-                f"{len(engine.waiting)} requests waiting (log: {engine.member.log})"
+                f"{engine.member.name} has neither finished nor computed anything for {self._deadline_s:g} s "
+                f"(cluster.deadline_s), with {len(engine.waiting)} requests waiting (log: {engine.member.log})"
             )
 
     def _fail(self, engine: _Engine, error: BaseException) -> None:

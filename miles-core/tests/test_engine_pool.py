@@ -1,0 +1,235 @@
+"""The pool of engines, with engines that are objects of the test instead of Ray actors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miles_core.cluster import engine_pool
+from miles_core.cluster.engine_pool import EnginePool
+from miles_core.errors import RunError
+from miles_core.sample import Completion, Request, Sampling, Status
+
+PROMPT = np.array([1, 2, 3], np.int32)
+
+
+class Method:
+    """What calling `actor.method.remote(...)` needs."""
+
+    def __init__(self, function: Callable[..., Awaitable[Any]]) -> None:
+        self.remote = function
+
+
+class Engine:
+    """Keeps what is submitted until the test says what comes of it."""
+
+    def __init__(self) -> None:
+        self.submit, self.take = Method(self._submit), Method(self._take)
+        self.batches: list[list[Request]] = []
+        self.results: list[tuple[str, Any]] = []
+        self.busy_seconds = 0.0
+        self.broken: Exception | None = None
+        self.polls = 0
+        self._news = asyncio.Event()
+
+    async def _submit(self, requests: Sequence[Request]) -> None:
+        if self.broken:
+            raise self.broken
+        self.batches.append(list(requests))
+
+    async def _take(self, patience_s: float) -> tuple[list[tuple[str, Any]], float]:
+        self.polls += 1
+        if not self.results:
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience_s):
+                    await self._news.wait()
+        if self.broken:
+            raise self.broken
+        taken, self.results = self.results, []
+        return taken, self.busy_seconds
+
+    def wake(self) -> None:
+        self._news.set()
+
+    def finish(self, request: Request, status: Status = "completed") -> None:
+        """Each completion is its seed."""
+        completions = [
+            Completion(
+                tokens=np.array([seed], np.int32),
+                logprobs=np.zeros(1, np.float32),
+                versions=np.zeros(1, np.int32),
+                status=status,
+            )
+            for seed in request.seeds
+        ]
+        self.results.append((request.id, completions))
+        self.wake()
+
+    @property
+    def requests(self) -> list[Request]:
+        return [request for batch in self.batches for request in batch]
+
+
+def pool_of(*engines: Engine, deadline_s: float = 30.0) -> EnginePool:
+    return EnginePool(
+        [(f"engine {index}", engine, Path(f"engine-{index}.log")) for index, engine in enumerate(engines)], deadline_s
+    )
+
+
+def ask(pool: EnginePool, *seeds: int) -> asyncio.Task[list[Completion]]:
+    return asyncio.create_task(pool.generate(PROMPT, seeds, Sampling()))
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def seeds_of(completions: Sequence[Completion]) -> list[int]:
+    return [int(completion.tokens[0]) for completion in completions]
+
+
+def test_calls_of_one_turn_leave_together_and_the_least_busy_engine_gets_the_next() -> None:
+    async def run() -> None:
+        engines = Engine(), Engine()
+        pool = pool_of(*engines)
+        tasks = [ask(pool, 1, 2, 3), ask(pool, 4), ask(pool, 5), ask(pool, 6), ask(pool, 7)]
+        await settle()
+        assert [[request.seeds for request in batch] for batch in engines[0].batches] == [[(1, 2, 3), (7,)]]
+        assert [[request.seeds for request in batch] for batch in engines[1].batches] == [[(4,), (5,), (6,)]]
+        for engine in engines:
+            for request in reversed(engine.requests):
+                engine.finish(request)
+        assert [seeds_of(completions) for completions in await asyncio.gather(*tasks)] == [
+            [1, 2, 3],
+            [4],
+            [5],
+            [6],
+            [7],
+        ]
+        assert all(np.array_equal(request.tokens, PROMPT) for engine in engines for request in engine.requests)
+
+    asyncio.run(run())
+
+
+def test_what_a_publish_aborted_is_asked_again_as_a_whole() -> None:
+    async def run() -> None:
+        engine = Engine()
+        pool = pool_of(engine)
+        task = ask(pool, 8, 9)
+        for tries in (1, 2):
+            await settle()
+            assert len(engine.requests) == tries
+            engine.finish(engine.requests[-1], "aborted")
+            await settle()
+            assert not task.done()
+        await settle()
+        engine.finish(engine.requests[-1])
+        assert seeds_of(await task) == [8, 9]
+        assert pool.aborted == 2
+        assert len({request.id for request in engine.requests}) == 3
+
+    asyncio.run(run())
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=12),
+    count=st.integers(1, 3),
+    order=st.randoms(use_true_random=False),
+)
+def test_every_call_gets_its_own_completions_whatever_finishes_first(sizes: list[int], count: int, order: Any) -> None:
+    async def run() -> None:
+        engines = [Engine() for _ in range(count)]
+        pool = pool_of(*engines)
+        tasks = [ask(pool, *range(100 * place, 100 * place + size)) for place, size in enumerate(sizes)]
+        await settle()
+        open_requests = [(engine, request) for engine in engines for request in engine.requests]
+        order.shuffle(open_requests)
+        for engine, request in open_requests:
+            engine.finish(request)
+            if order.random() < 0.5:
+                await settle()
+        for place, (task, size) in enumerate(zip(tasks, sizes, strict=True)):
+            assert seeds_of(await task) == list(range(100 * place, 100 * place + size))
+
+    asyncio.run(run())
+
+
+def test_nobody_polls_an_engine_that_has_nothing_to_do() -> None:
+    async def run() -> None:
+        engine = Engine()
+        pool = pool_of(engine)
+        for seed in (1, 2):
+            task = ask(pool, seed)
+            await settle()
+            engine.finish(engine.requests[-1])
+            await task
+        await settle()
+        assert engine.polls == 2
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("at", ["submit", "take"])
+def test_an_engine_that_dies_is_heard_by_all_who_wait_for_it_and_by_nobody_else(at: str) -> None:
+    async def run() -> None:
+        sick, healthy = Engine(), Engine()
+        pool = pool_of(sick, healthy)
+        if at == "submit":
+            sick.broken = RunError("engine 0 is gone")
+        tasks = [ask(pool, 1, 2), ask(pool, 3), ask(pool, 4), ask(pool, 5)]
+        await settle()
+        sick.broken = RunError("engine 0 is gone")
+        sick.wake()
+        for request in healthy.requests:
+            healthy.finish(request)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        failed = [str(result) for result in results if isinstance(result, RunError)]
+        assert failed == ["engine 0 is gone"] * 2
+        assert sum(not isinstance(result, BaseException) for result in results) == 2
+
+    asyncio.run(run())
+
+
+def test_a_request_that_an_engine_could_not_serve_fails_alone() -> None:
+    async def run() -> None:
+        engine = Engine()
+        pool = pool_of(engine)
+        tasks = [ask(pool, 1), ask(pool, 2)]
+        await settle()
+        engine.results.append((engine.requests[0].id, RunError("too long")))
+        engine.finish(engine.requests[1])
+        with pytest.raises(RunError, match="too long"):
+            await tasks[0]
+        assert seeds_of(await tasks[1]) == [2]
+
+    asyncio.run(run())
+
+
+def test_a_silent_engine_is_named_with_its_log_and_one_that_computes_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_pool, "POLL_S", 0.01)
+
+    async def run() -> None:
+        engine = Engine()
+        pool = pool_of(engine, deadline_s=0.05)
+        task = ask(pool, 1)
+        for _ in range(8):
+            await asyncio.sleep(0.02)
+            engine.busy_seconds += 1.0
+        assert not task.done()
+        assert pool.busy_seconds[0] > 0
+        message = r"engine 0 has neither .* for 0.05 s \(cluster.deadline_s\), with 1 requests .*log: engine-0.log"
+        with pytest.raises(RunError, match=message):
+            await task
+
+    asyncio.run(run())
