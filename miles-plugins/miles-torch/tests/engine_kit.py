@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     DynamicCache,
     Gemma2Config,
     GemmaConfig,
@@ -51,10 +52,16 @@ _SIZES: dict[str, Any] = {
 }
 _GROUPED: dict[str, Any] = {**_SIZES, "num_key_value_heads": 2, "head_dim": 8}
 _WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
+_LATENT: dict[str, Any] = {
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_key_value_heads": 4,
+}  # fmt: skip
 _EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**_GROUPED, tie_word_embeddings=True),
+    "qwen3-wide": lambda: Qwen3Config(**{**_GROUPED, "hidden_size": 64, "intermediate_size": 96, "head_dim": 64}),
     "llama": lambda: LlamaConfig(**_GROUPED),
     "qwen2": lambda: Qwen2Config(**_SIZES, num_key_value_heads=2),
     "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=7),
@@ -63,9 +70,10 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma2": lambda: Gemma2Config(**_GROUPED, sliding_window=6, layer_types=_WINDOWED, query_pre_attn_scalar=8),
     "gpt-neox": lambda: GPTNeoXConfig(**_SIZES),
     "phi3": lambda: Phi3Config(**_SIZES, num_key_value_heads=2),
+    "deepseek-v3": lambda: DeepseekV3Config(**_SIZES, **_LATENT),
     "gpt-oss": lambda: GptOssConfig(**_GROUPED, **_EXPERTS, sliding_window=5, layer_types=_WINDOWED),
 }
-FUSED = ("qwen3", "llama", "qwen2")
+FUSED = ("qwen3", "qwen3-wide", "llama", "qwen2")
 
 
 def make_model(name: str = "qwen3", seed: int = 0) -> Any:

@@ -192,6 +192,8 @@ def test_a_model_with_fewer_positions_than_asked_for_is_refused(folder: Path) ->
     "config",
     [
         {"model_type": "mamba", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+        {"model_type": "bert", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+        {"model_type": "gptj", "vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
         {"model_type": "bloom", "vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4},
         {
             "model_type": "qwen3_next", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8,
@@ -202,7 +204,7 @@ def test_a_model_with_fewer_positions_than_asked_for_is_refused(folder: Path) ->
     ],
     ids=lambda config: config["model_type"],
 )  # fmt: skip
-def test_a_model_that_keeps_other_state_than_keys_and_values_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_model_that_does_not_work_with_a_plain_cache_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     async def run() -> None:

@@ -89,6 +89,16 @@ def test_more_requests_than_slots_give_what_one_by_one_gives(slots: int, folder:
     assert_agree(generate(folder, model, requests, max_batch=slots), alone)
 
 
+def test_with_common_head_widths_every_bit_comes_again_in_other_company(tmp_path: Path) -> None:
+    model = make_model("qwen3-wide")
+    folder = make_folder(tmp_path, model)
+    requests = ragged_requests(9)
+    together = generate(folder, model, requests, max_batch=7)
+    for request in requests:
+        alone = generate(folder, model, [request])[request.id]
+        assert all(map(same, alone, together[request.id]))
+
+
 def test_the_same_wave_gives_the_same_bits_whatever_the_engine_did_before(folder: Path, model: Any) -> None:
     requests = ragged_requests(12, samples=3)
 
@@ -259,6 +269,7 @@ def test_the_longest_sequence_caps_a_response(folder: Path, model: Any) -> None:
         (np.array([VOCABULARY], np.int32), Sampling(), (0,), "outside the model's vocabulary of 96"),
         (np.array([-1], np.int32), Sampling(), (0,), "outside the model's vocabulary"),
         (np.zeros(3, np.int32), Sampling(stop=("x",)), (0,), "stop strings need a tokenizer"),
+        (np.zeros(3, np.int32), Sampling(stop=("x", "")), (0,), "an empty stop string"),
     ],
 )
 def test_impossible_requests_are_refused_and_do_no_harm(

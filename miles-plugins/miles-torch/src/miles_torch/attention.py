@@ -28,15 +28,16 @@ from transformers import AttentionInterface
 NAME = "miles_cached"
 """The name in `config._attn_implementation`."""
 
-_BLOCK = 128
-"""The buffers' length is a multiple of it."""
+_ROWS, _BLOCK = 8, 128
+"""The buffers' rows and length are multiples of them, so that they seldom grow."""
 
 _STRIDE = 16
-"""Attention spans a multiple of it. The fused kernel's sums then come out the same, however far other rows reach."""
+"""Attention spans a multiple of it. For common head widths a CPU's sums then come out the same, bit for bit, however
+far other rows reach (up to about 384 tokens; further if fewer than four query heads share a key head)."""
 
 
 class KVCache:
-    """Keys and values of R sequences, in static buffers that grow only when a longer or a wider wave is announced.
+    """Keys and values of R sequences, in static buffers that grow only when a longer or a wider wave comes.
 
     layers: layer index -> (keys [R, Hk, N, D], values [R, Hk, N, Dv]).
     """
@@ -50,7 +51,8 @@ class KVCache:
         """Makes room for at least `rows` sequences of `length` tokens; what is there stays."""
         if rows <= self.rows and length <= self.length:
             return
-        self.rows, self.length = max(rows, self.rows), max(_rounded(length, _BLOCK), self.length)
+        self.rows = max(_rounded(rows, _ROWS), self.rows)
+        self.length = max(_rounded(length, _BLOCK), self.length)
         for index, buffers in self.layers.items():
             self.layers[index] = (self._grown(buffers[0]), self._grown(buffers[1]))
 

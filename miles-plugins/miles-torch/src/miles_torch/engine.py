@@ -44,6 +44,7 @@ class TorchEngine:
         self._model: EngineModel | None = None
         self._tokenizer: Tokenizer | None = None
         self._ends: frozenset[int] = frozenset()
+        self._rules: dict[tuple[frozenset[int], tuple[str, ...]], StopRule] = {}
 
     def _build(self) -> Generator:
         """Runs on the scheduler's thread, where the number of CPU threads has to be set."""
@@ -117,12 +118,19 @@ class TorchEngine:
                 f"{self._model.vocabulary}. Do tokenizer and model belong together?"
             )
         sampling = request.sampling
+        if "" in sampling.stop:
+            raise UserError(f"request {request.id!r} has an empty stop string, which would end it at once")
         if sampling.stop and self._tokenizer is None:
             raise UserError(f"stop strings need a tokenizer, and {self.context.model} has none")
-        stop = StopRule(self._ends | frozenset(sampling.stop_token_ids), sampling.stop, self._tokenizer)
+        stop = self._stop_rule(sampling.stop_token_ids, sampling.stop)
         limit = min(sampling.max_new_tokens, self.context.max_tokens - length)
         prompt = PromptState(request.tokens)
         return [Generation.of(prompt, sampling, stop, seed, limit) for seed in request.seeds]
+
+    def _stop_rule(self, token_ids: tuple[int, ...], strings: tuple[str, ...]) -> StopRule:
+        """One rule for all requests that stop alike, since a rule remembers what it knows of tokens."""
+        rule = StopRule(self._ends | frozenset(token_ids), strings, self._tokenizer)
+        return self._rules.setdefault((rule.token_ids, rule.strings), rule)
 
     async def pause(self, mode: PauseMode) -> None:
         """Returns when nothing generates any more; later requests wait. Aborting ends whole requests of which a part

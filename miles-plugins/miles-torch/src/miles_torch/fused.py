@@ -2,8 +2,8 @@
 
 A small model's step spends much of its time on starting operations and on fetching weights, so this forward does the
 same arithmetic in fewer operations and on weights in the layout that oneDNN reads fastest: one matrix for queries, keys
-and values, one for gate and up, rotary tables looked up instead of computed. It also does not depend on the batch: each
-row's numbers come out the same whatever the other rows are (seen with oneDNN on AVX2 and AVX-512).
+and values, one for gate and up, rotary tables looked up instead of computed. With oneDNN (seen on AVX2 and AVX-512) a
+row's numbers do not depend on what the other rows are or how many.
 
 A model is chosen by its structure (`fits`). The caller still compares both forwards on random weights, since modules of
 the same shape may compute something else: Granite scales its residuals.
@@ -42,10 +42,11 @@ def fits(module: Any) -> bool:
     """Whether a causal language model is built like Llama, Qwen2 or Qwen3: these modules with these parameters only."""
     names = {name for name in module.state_dict() if not name.startswith("model.layers.")}
     rotary = getattr(getattr(module, "model", None), "rotary_emb", None)
-    if names != _TOP or getattr(rotary, "rope_type", None) not in _STATIC_ROPE:
+    rope = getattr(rotary, "rope_type", None)  # a dictionary in models with several rotary embeddings
+    if names != _TOP or not isinstance(rope, str) or rope not in _STATIC_ROPE:
         return False
     norms = [part for name, part in module.named_modules() if name.endswith("norm")]
-    if {getattr(norm, "variance_epsilon", None) for norm in norms} != {module.config.rms_norm_eps}:
+    if {getattr(norm, "variance_epsilon", None) for norm in norms} != {getattr(module.config, "rms_norm_eps", 0)}:
         return False
     return getattr(module.config, "sliding_window", None) is None and all(
         _layer_fits(layer) for layer in module.model.layers
