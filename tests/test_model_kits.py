@@ -117,6 +117,7 @@ class Climbs(TorchTrainer):
 class ForgetsTheOptimizer(TorchTrainer):
     def restore(self, folder: Any) -> None:
         super().restore(folder)
+        assert self._optimizer is not None
         self._optimizer.state.clear()
 
 

@@ -49,9 +49,9 @@ class Site:
             (self.folder / f"{other}.py").write_text(textwrap.dedent(text))
         importlib.invalidate_caches()
 
-    def run(self, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """`miles ARGS` in a process of its own, with this folder on its path."""
-        code = "import sys; from miles_core.cli.main import main; sys.exit(main())"
+    def run(self, *args: str, first: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+        """`miles ARGS` in a process of its own, with this folder on its path. first: code that runs before."""
+        code = f"{first}import sys; from miles_core.cli.main import main; sys.exit(main())"
         return subprocess.run(
             [sys.executable, "-c", code, *args],
             env={**os.environ, "PYTHONPATH": str(self.folder), **environment},

@@ -95,7 +95,7 @@ def test_list_as_json_is_whole_even_if_a_plugin_prints(site: Any) -> None:
     listed = {plugin["plugin"]: plugin for plugin in json.loads(done.stdout)}
     assert listed["acme-loud"] == {
         "plugin": "acme-loud", "version": "1.0", "core": ">=0.1", "entry": "acme_loud",
-        "status": "failed", "reason": "SystemExit", "provides": [],
+        "status": "failed", "reason": "SystemExit", "faults": [], "provides": [],
     }  # fmt: skip
     assert listed["acme-good"]["provides"][0] == {
         "kind": "reward", "name": "zebra", "summary": "a reward", "ref": "acme_loss:fn",

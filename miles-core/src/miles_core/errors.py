@@ -17,11 +17,27 @@ class UserError(ValueError):
     The message says what is wrong, where it stands (file and line, or flag), and how to mend it.
     """
 
+    def placed(self, where: str) -> UserError:
+        """The same error, with the place that it stands at before its message."""
+        return UserError(f"{where}: {self}")
+
 
 class PluginError(UserError):
-    """What a plugin names does not load. Its `__cause__`, if any, is what the plugin raised: the command line prints
-    the message and that traceback, because the mend lies in the plugin.
+    """A plugin, or what it names, does not load: the command line prints the message and the plugin's traceback,
+    because the mend lies in the plugin.
+
+    trace: that traceback, as text; without it, it is that of `__cause__`, if there is one.
     """
+
+    def __init__(self, message: str, trace: str | None = None) -> None:
+        super().__init__(message)
+        self.trace = trace
+
+    def placed(self, where: str) -> PluginError:
+        """The same error, with the place that it stands at before its message."""
+        error = PluginError(f"{where}: {self}", self.trace)
+        error.__cause__ = self.__cause__
+        return error
 
 
 class MissingExtraError(UserError):
@@ -59,12 +75,16 @@ def explained(error: Exception, who: str, where: str) -> UserError | RunError:
     return RunError(f"{who} failed {where}: {type(error).__name__}: {error}", cause=trace)
 
 
+def close(name: str, known: Iterable[str]) -> list[str]:
+    """Known names that `name` may be a misspelling of, the likeliest first."""
+    return difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence with the closest known names, or all of them when none is close."""
     names = sorted(known)
     if not names:
         return "There are none."
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    if close:
-        return f"Did you mean {' or '.join(repr(match) for match in close)}?"
+    if matches := close(name, names):
+        return f"Did you mean {' or '.join(repr(match) for match in matches)}?"
     return f"Known: {', '.join(names)}."

@@ -3,7 +3,7 @@
 A plugin is a distribution with one entry point in the group `miles.plugins`, which names a module that imports nothing
 heavy. Whether it is disabled or does not fit this core is decided from its metadata, before its module is imported.
 Whatever a plugin raises makes that plugin "failed" and nothing else: commands go on, and a run that needs the plugin
-shows its traceback.
+shows its traceback. So does a module that takes longer to import than `IMPORT_LIMIT_S`.
 
 Declarations (of modules) and lifecycle hooks (of a run's callbacks) have plugin managers of their own: `discover` and
 `load_exact` make the first, `lifecycle` the second.
@@ -19,6 +19,9 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, is_dataclass
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import pluggy
@@ -26,9 +29,10 @@ import pluggy
 from miles_core import __version__
 from miles_core.declarations import RefusedError, declarations
 from miles_core.declarations import __file__ as declarations_file
-from miles_core.errors import PluginError, RunError, UserError, nearest
+from miles_core.errors import PluginError, RunError, UserError, close, nearest
 from miles_core.lifecycle import Role, lifecycle
 from miles_core.specs import Spec
+from miles_core.watchdog import TimeLimitError, time_limit
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
@@ -37,12 +41,15 @@ __all__ = [
     "CORE",
     "DISABLE_VARIABLE",
     "GROUP",
+    "HEAVY",
+    "IMPORT_LIMIT_S",
     "Catalog",
     "Entry",
     "Plugin",
     "Role",
     "Status",
     "discover",
+    "leads_nowhere",
     "lifecycle",
     "load_exact",
     "normalised",
@@ -54,6 +61,10 @@ __all__ = [
 
 GROUP = "miles.plugins"
 DISABLE_VARIABLE = "MILES_DISABLE_PLUGINS"
+HEAVY = frozenset({"megatron", "ray", "sglang", "torch", "transformers"})
+"""What a plugin's module and its options modules must not import: every command would wait for it."""
+IMPORT_LIMIT_S = 10.0
+"""Seconds that a plugin's module may take to import, in a process's main thread; see `miles_core.watchdog`."""
 CORE = "miles-core"
 _CORE_ENTRY = "miles_core.builtin"
 
@@ -67,7 +78,7 @@ class Plugin:
 
     name: of its distribution, normalised ("miles-grpo"); entry: the module that its entry point names; requires: what
     it asks of miles-core, as text; reason: why it is not active, one line, else ""; traceback: of what it raised;
-    records: what it declares, in the order of the hooks and then its own.
+    records: what it declares, in the order of the hooks and then its own; heavy: what of `HEAVY` its module imports.
     """
 
     name: str
@@ -78,6 +89,7 @@ class Plugin:
     reason: str = ""
     traceback: str | None = None
     records: tuple[Spec, ...] = ()
+    heavy: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +120,8 @@ class Catalog:
         """The record called `name`, or "plugin:name" where two plugins offer the same name.
 
         UserError: nobody offers it (with the nearest names, the known ones, and why other plugins are not loaded), or
-        more than one plugin does (with the qualified names).
+        more than one plugin does (with the qualified names). PluginError: a plugin that failed must have offered it, or
+        may have; its traceback goes with the error.
         """
         entries = self.all(kind)
         plugin, _, bare = name.rpartition(":")
@@ -122,7 +135,11 @@ class Catalog:
         if found:
             qualified = " or ".join(repr(f"{entry.plugin.name}:{bare}") for entry in found)
             raise UserError(f"{kind.kind} {name!r} is offered by {len(found)} plugins. Say {qualified}.")
-        raise UserError("\n".join(self._unknown(kind.kind, name, entries)))
+        message = "\n".join(self._unknown(kind.kind, name, entries))
+        failed = self._suspects(name, {entry.spec.name for entry in entries})
+        if failed:
+            raise PluginError(message, "\n".join(f"{plugin.name}: {plugin.traceback}" for plugin in failed))
+        raise UserError(message)
 
     def plugin(self, name: str) -> Plugin:
         """The plugin of the distribution `name`. UserError: there is no such plugin."""
@@ -141,6 +158,15 @@ class Catalog:
         idle = [plugin for plugin in self.plugins if plugin.status != "active"]
         lines = [f"  {plugin.name}: {plugin.status}, {plugin.reason}" for plugin in idle]
         return ["Plugins that are not loaded:", *lines] if lines else []
+
+    def _suspects(self, name: str, known: Iterable[str]) -> list[Plugin]:
+        """The failed plugins that an unknown name may have come from: the one that it names; else, unless the name
+        looks like a slip of the pen, all of them."""
+        plugin, _, bare = name.rpartition(":")
+        failed = [found for found in self.plugins if found.status == "failed" and found.traceback]
+        if plugin:
+            return [found for found in failed if found.name == normalised(plugin)]
+        return [] if close(bare, known) else failed
 
     def _unknown(self, noun: str, name: str, entries: list[Entry[S]]) -> Iterator[str]:
         qualified = ":" in name
@@ -349,14 +375,18 @@ def _unfit(requirements: Iterable[str]) -> str:
 
 
 def _import(found: _Found) -> Plugin:
+    before = HEAVY & sys.modules.keys()
     try:
-        with redirect_stdout(sys.stderr):  # what a plugin prints must not get into `--json`
+        # What a plugin prints must not get into `--json`.
+        with redirect_stdout(sys.stderr), time_limit(IMPORT_LIMIT_S, f"importing {found.entry}"):
             records = tuple(declarations(importlib.import_module(found.entry)))
-        return found.plugin("active", records=records)
+        return found.plugin("active", records=records, heavy=tuple(sorted(HEAVY & sys.modules.keys() - before)))
     except KeyboardInterrupt:
         raise
     except RefusedError as error:
         return found.plugin("failed", str(error))
+    except TimeLimitError as late:
+        return found.plugin("failed", str(late), traceback=plugin_traceback(late))
     except BaseException as error:  # SystemExit and the like too: nothing that a plugin raises ends the process
         return found.plugin("failed", one_line(error), traceback=plugin_traceback(error))
 
@@ -403,6 +433,34 @@ def resolve(ref: str) -> Any:
     except BaseException as error:  # a plugin's module may raise anything, SystemExit too
         raise PluginError(f"{ref} cannot be loaded: {one_line(error)}") from error
     return target
+
+
+def leads_nowhere(ref: str) -> bool:
+    """Whether "module:attribute" is certain not to resolve: there is no such module, or its source never says the
+    attribute's name. Imports nothing, so it can be asked of every reference at once."""
+    module, _, attribute = ref.partition(":")
+    first = attribute.partition(".")[0]
+    if (loaded := sys.modules.get(module)) is not None:
+        return not hasattr(loaded, first)
+    spec = _find_module(module)
+    if spec is None:
+        return True
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return False
+    return first not in Path(spec.origin).read_text(encoding="utf-8", errors="replace")
+
+
+def _find_module(name: str) -> ModuleSpec | None:
+    """The module's spec. `importlib.util.find_spec` would import the packages that it lies in."""
+    package, _, _ = name.rpartition(".")
+    if not package:
+        return find_spec(name)
+    path: Iterable[str] | None = None
+    if (loaded := sys.modules.get(package)) is not None:
+        path = getattr(loaded, "__path__", None)
+    elif (parent := _find_module(package)) is not None:
+        path = parent.submodule_search_locations
+    return None if path is None else PathFinder.find_spec(name, list(path))
 
 
 def options_of(spec: Spec) -> type | None:

@@ -108,10 +108,8 @@ def main(args: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except UserError as error:
-        if isinstance(error, PluginError) and error.__cause__ is not None:
-            from miles_core.plugins import plugin_traceback
-
-            click.echo(plugin_traceback(error.__cause__), err=True)
+        if isinstance(error, PluginError):
+            _show_trace(error)
         _complain(str(error))
         return 2
     except RunError as error:
@@ -123,6 +121,15 @@ def main(args: Sequence[str] | None = None) -> int:
         _complain("interrupted")
         return 130
     return result if isinstance(result, int) else 0
+
+
+def _show_trace(error: PluginError) -> None:
+    if error.trace is not None:
+        click.echo(error.trace, err=True)
+    elif error.__cause__ is not None:
+        from miles_core.plugins import plugin_traceback
+
+        click.echo(plugin_traceback(error.__cause__), err=True)
 
 
 def _complain(message: str) -> None:

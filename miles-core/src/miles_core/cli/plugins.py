@@ -19,8 +19,8 @@ from miles_core.declarations import declaration_kinds
 from miles_core.errors import PluginError
 from miles_core.hooks import DeclarationHooks
 from miles_core.lifecycle import LIFECYCLE, lifecycle_hooks
-from miles_core.plugins import Catalog, Plugin, Status, discover, one_line, options_of, resolve
-from miles_core.specs import CallbackSpec, Spec
+from miles_core.plugins import Catalog, Plugin, Status, discover, leads_nowhere, one_line, options_of, resolve
+from miles_core.specs import CallbackSpec, RecipeSpec, Spec
 
 if TYPE_CHECKING:
     from miles_core.testing.checks import Verdict
@@ -46,16 +46,17 @@ def _coloured(status: str) -> str:
 @click.option("--kind", type=click.Choice(list(_KINDS)), help="Only plugins that offer this, and only this of them.")
 @click.option("--json", "as_json", is_flag=True, help="A list of objects, with everything; stable between releases.")
 def list_plugins(status: str | None, kind: str | None, as_json: bool) -> None:
-    """List installed plugins: what they provide, or why they are not loaded."""
-    chosen = [plugin for plugin in discover().plugins if status in (None, plugin.status)]
+    """List installed plugins: what they provide and what is wrong with it, or why they are not loaded."""
+    catalog = discover()
+    offers = _offers(catalog)
+    chosen = [plugin for plugin in catalog.plugins if status in (None, plugin.status)]
     if kind is not None:
         chosen = [plugin for plugin in map(_only(_KINDS[kind]), chosen) if plugin.records]
     if as_json:
-        click.echo(json.dumps([_as_json(plugin) for plugin in chosen], indent=2))
+        click.echo(json.dumps([_as_json(plugin, _faults(plugin, offers)) for plugin in chosen], indent=2))
         return
     rows = [
-        (plugin.name, plugin.version, plugin.requires, plugin.status, plugin.reason or _provides(plugin.records))
-        for plugin in chosen
+        (plugin.name, plugin.version, plugin.requires, plugin.status, _in_short(plugin, offers)) for plugin in chosen
     ]
     table(("Plugin", "Version", "Core", "Status", "Provides"), rows, styles={3: _coloured})
 
@@ -66,6 +67,36 @@ def _only(kind: type[Spec]) -> Callable[[Plugin], Plugin]:
     )
 
 
+def _in_short(plugin: Plugin, offers: _Offers) -> str:
+    """ "loss grpo, sft; reward exact  [imports torch, so every command waits]" """
+    faults = f"  [{'; '.join(found)}]" if (found := _faults(plugin, offers)) else ""
+    return plugin.reason or f"{_provides(plugin.records)}{faults}"
+
+
+_Offers = Mapping[tuple[str, str], list[str]]
+"""(kind, name) -> the plugins that offer it."""
+
+
+def _offers(catalog: Catalog) -> _Offers:
+    found: dict[tuple[str, str], list[str]] = {}
+    for plugin in catalog.plugins:
+        for record in plugin.records:
+            found.setdefault((record.kind, record.name), []).append(plugin.name)
+    return found
+
+
+def _faults(plugin: Plugin, offers: _Offers) -> list[str]:
+    """What is wrong with an active plugin, as far as can be told at once; `check` finds more."""
+    faults = [f"imports {', '.join(plugin.heavy)}, so every command waits"] if plugin.heavy else []
+    for record in plugin.records:
+        others = [name for name in offers[record.kind, record.name] if name != plugin.name]
+        if others:
+            faults.append(f"{record.kind} {record.name} is also offered by {', '.join(others)}")
+        if not isinstance(record, RecipeSpec) and leads_nowhere(record.ref):
+            faults.append(f"{record.kind} {record.name}: there is no {record.ref}")
+    return faults
+
+
 def _provides(records: Iterable[Spec]) -> str:
     """ "loss grpo, sft; reward exact" """
     names: dict[str, list[str]] = {}
@@ -74,7 +105,7 @@ def _provides(records: Iterable[Spec]) -> str:
     return "; ".join(f"{kind} {', '.join(sorted(found))}" for kind, found in names.items())
 
 
-def _as_json(plugin: Plugin) -> dict[str, Any]:
+def _as_json(plugin: Plugin, faults: list[str]) -> dict[str, Any]:
     return {
         "plugin": plugin.name,
         "version": plugin.version,
@@ -82,6 +113,7 @@ def _as_json(plugin: Plugin) -> dict[str, Any]:
         "entry": plugin.entry,
         "status": plugin.status,
         "reason": plugin.reason,
+        "faults": faults,
         "provides": [
             {"kind": record.kind, "name": record.name, "summary": record.summary, "ref": record.ref}
             for record in plugin.records

@@ -47,7 +47,7 @@ def build_component(kind: type[Spec], table: Node, at: Key, catalog: Catalog, se
     try:
         entry = catalog.get(kind, name)
     except UserError as error:
-        raise UserError(f"{table.value['name'].origin}: {dotted(at)}: {error}") from None
+        raise error.placed(f"{table.value['name'].origin}: {dotted(at)}") from error.__cause__
     own, options = _split(entry.spec, table, at, section)
     component = Component(spec=entry.spec, plugin=entry.plugin.name, options=build_options(entry.spec, options, at))
     built = build(section, own, at)

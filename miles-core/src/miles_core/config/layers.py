@@ -65,8 +65,9 @@ def _recipe(name: str, catalog: Catalog) -> Entry[RecipeSpec]:
     try:
         return catalog.get(RecipeSpec, name)
     except UserError as error:
-        hint = f"\nTo run the file of that name, say ./{name}" if Path(name).is_file() else ""
-        raise UserError(f"{error}{hint}") from None
+        if not Path(name).is_file():
+            raise
+        raise UserError(f"{error}\nTo run the file of that name, say ./{name}") from None
 
 
 def read_run_file(path: Path) -> Node:
@@ -102,7 +103,7 @@ def _with_recipe(layer: Node, catalog: Catalog, seen: tuple[str, ...] = ()) -> l
     try:
         entry = catalog.get(RecipeSpec, base.value)
     except UserError as error:
-        raise UserError(f"{base.origin}: {error}") from None
+        raise error.placed(base.origin) from error.__cause__
     rest = Node({key: node for key, node in layer.value.items() if key != "recipe"}, layer.origin)
     return [*_recipe_layers(entry, catalog, seen), rest]
 

@@ -22,16 +22,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from miles_core.errors import MissingExtraError, PluginError, UserError
-from miles_core.plugins import CORE, Plugin, one_line, options_of, resolve
+from miles_core.plugins import CORE, HEAVY, Plugin, one_line, options_of, resolve
 from miles_core.specs import CallbackSpec, CommandSpec, RecipeSpec, Spec, WeightSyncSpec
 from miles_core.testing.kits import RecordRule, rules_of
 from miles_core.testing.subject import SkippedError, Subject
 from miles_core.watchdog import TimeLimitError, time_limit
 
 Rule = Callable[[Plugin], Iterable[str]]
-
-HEAVY = frozenset({"megatron", "ray", "sglang", "torch", "transformers"})
-"""What a plugin's module and its options modules must not import: every command would wait for it."""
 
 OF_KITS = frozenset({"torch", "transformers"})
 """What kits import and core does without."""

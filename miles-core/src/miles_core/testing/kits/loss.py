@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from miles_core.roles import LossInputs, LossOutputs, Segments
-from miles_core.specs import LossSpec
+from miles_core.specs import TOKEN_COLUMNS, LossSpec
 from miles_core.testing.kits.tokens import (
     LENGTHS,
     MICRO_BATCHES,
@@ -24,11 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
-    "advantages": ("advantages",),
-    "returns": ("returns",),
-    "old_logprobs": ("old_logprobs",),
-    "rollout_logprobs": ("rollout_logprobs",),
-    "ref_logprobs": ("ref_logprobs",),
+    **{field.name: (field.name,) for field in fields(LossInputs) if field.name in TOKEN_COLUMNS},
     "values": ("old_values", "values"),
 }
 """Token column -> the fields of `LossInputs` that it becomes."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from miles_core.errors import UserError
-from miles_core.roles import Segments
+from miles_core.roles import LossInputs, Segments
 from miles_core.testing.subject import Subject
 
 if TYPE_CHECKING:
@@ -78,6 +78,11 @@ def make_tokens(*, spread: float = 0.3, advantage: float = 1.0, seed: int = 0) -
         "old_values": normal(),
         "values": normal(),
         "entropy": torch.from_numpy(0.1 + rng.random(total)),
+    }
+    columns |= {
+        field.name: torch.from_numpy(rng.random(total))
+        for field in fields(LossInputs)
+        if field.name not in columns and field.name != "segments"
     }
     return Tokens(columns, normal().abs() * torch.from_numpy(mask), mask, np.repeat(np.arange(len(LENGTHS)), LENGTHS))
 
