@@ -119,7 +119,7 @@ def docs(session: nox.Session) -> None:
     run(session, "pytest", "docs")
 
 
-@nox.session(venv_backend="none", requires=["workspace"])
+@nox.session(default=False, venv_backend="none", requires=["workspace"])
 def arithmetic(session: nox.Session) -> None:
     """The main job: a small model learns arithmetic. Arguments go to `miles train`: `nox -s arithmetic -- seed=1`."""
     run(session, "miles", "train", "arithmetic", *session.posargs)
