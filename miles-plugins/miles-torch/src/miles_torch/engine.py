@@ -87,19 +87,16 @@ class TorchEngine:
             with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody is left to hear it
                 loop.call_soon_threadsafe(answers.put_nowait, answer)
 
-        left = {name for name, _ in requests}
-        await asyncio.wrap_future(self._scheduler.submit([Job(name, parts, deliver) for name, parts in requests]))
+        jobs = [Job(name, parts, deliver) for name, parts in requests]
         try:
-            while left:
+            await asyncio.wrap_future(self._scheduler.submit(jobs))
+            for _ in jobs:
                 answer = await answers.get()
                 if isinstance(answer, Exception):
-                    left.clear()
                     raise answer
-                left.discard(answer[0])
                 yield answer
         finally:
-            if left:
-                self._scheduler.abort(left)
+            self._scheduler.drop(jobs)
 
     def _parts(self, request: Request) -> list[Generation]:
         assert self._model is not None, "generate() comes after start()"

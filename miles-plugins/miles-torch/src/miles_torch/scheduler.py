@@ -83,6 +83,10 @@ class Scheduler:
         wanted = None if ids is None else set(ids)
         return self._post(lambda: self._abort([job for job in self._in_flight() if wanted is None or job.id in wanted]))
 
+    def drop(self, jobs: Sequence[Job]) -> Future[None]:
+        """Ends these jobs, as far as they are in flight."""
+        return self._post(lambda: self._abort(jobs))
+
     def set_version(self, version: int) -> Future[None]:
         """The weights are those of `version`."""
         return self._post(lambda: setattr(self, "_version", version))
@@ -244,6 +248,8 @@ class Scheduler:
         assert self._generator is not None
         for job in jobs:
             parts = [part for part in job.parts if part in self._jobs]
+            if not parts:
+                continue
             self._generator.remove([part for part in self._generator.active if self._jobs[part] is job])
             self._waiting = deque(part for part in self._waiting if self._jobs[part] is not job)
             self._finish(parts)
