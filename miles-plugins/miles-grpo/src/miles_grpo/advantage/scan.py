@@ -16,20 +16,22 @@ def discounted(values: Floats, decays: Floats) -> Floats:
     The tokens are cut into about sqrt(N) chunks, which are summed side by side; then what each takes over from the next
     one is added.
     """
-    total = len(values)
-    size = isqrt(total) + 1
-    chunks = -(-total // size)
-    shape = (chunks, size)
-    sums = np.zeros(chunks * size)
-    kept = np.zeros(chunks * size)
-    sums[:total], kept[:total] = values, decays
-    sums, kept = sums.reshape(shape), kept.reshape(shape)
+    size = isqrt(len(values)) + 1
+    sums, kept = _chunks(values, size), _chunks(decays, size)
     for place in range(size - 2, -1, -1):
-        sums[:, place] += kept[:, place] * sums[:, place + 1]
-        kept[:, place] *= kept[:, place + 1]
-    for chunk in range(chunks - 2, -1, -1):
-        sums[chunk] += kept[chunk] * sums[chunk + 1, 0]
-    return sums.reshape(-1)[:total]
+        sums[place] += kept[place] * sums[place + 1]
+        kept[place] *= kept[place + 1]
+    carried = np.zeros(sums.shape[1])
+    for chunk in range(len(carried) - 2, -1, -1):
+        carried[chunk] = sums[0, chunk + 1] + kept[0, chunk + 1] * carried[chunk + 1]
+    sums += kept * carried
+    return sums.T.reshape(-1)[: len(values)]
+
+
+def _chunks(column: Floats, size: int) -> Floats:
+    """[N] -> [size, chunks], the tokens of a chunk below one another, 0 after the last token."""
+    chunks = -(-len(column) // size)
+    return np.pad(column, (0, chunks * size - len(column))).reshape(chunks, size).T.copy()
 
 
 def ends(segment_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
