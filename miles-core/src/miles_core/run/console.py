@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from miles_core.config.schema import Plan, Stage
+from miles_core.run.trackers import read_metrics
 
 LINE_EVERY_S = 1.0
 """Steps that are quicker than this share a line."""
@@ -58,6 +59,7 @@ class Console:
         engines = f", {plan.engine_section.count} engine(s)" if plan.engine_section else ""
         self.say(f"run {plan.name}: {plan.steps} steps, {plan.trainer_section.world_size} trainer rank(s){engines}")
         since = f", resumed at step {resumed}" if resumed is not None else ""
+        self.evaluations = [line for line in read_metrics(plan.folder) if "eval/reward" in line[1]]
         self.say(f"folder {_short(plan.folder)}{since}", "dim")
 
     def step(self, step: int, stage: Stage, metrics: Mapping[str, float]) -> None:
