@@ -84,7 +84,6 @@ def test_a_prompt_that_says_nothing_of_the_problem_is_refused() -> None:
         source(prompt="What is {problem}?")
 
 
-
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1), (5, 6)])
 def test_train_and_eval_never_share_a_question(seeds: tuple[int, int]) -> None:
     """With a few hundred different questions, random ones would meet at once."""

@@ -99,5 +99,7 @@ class GymData:
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
             raise ValueError(f"size must be at least 1, got {self.size}")
+        if "{" not in self.prompt:
+            raise ValueError(f'prompt must contain "{{question}}" or another field of the problem, got {self.prompt!r}')
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout must be between 0 and 1, got {self.holdout}")
