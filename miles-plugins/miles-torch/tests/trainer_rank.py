@@ -47,7 +47,7 @@ def train(
     )
     if restore:
         trainer.restore(Path(restore))
-    metrics = []
+    metrics: list[dict[str, object]] = []
     for seed in seeds:
         batch = make_batch(seed, minibatches=minibatches)
         if minibatches > 1:  # any values do, as long as every rank has the same
