@@ -849,6 +849,25 @@ def test_memory_is_what_the_parameters_weigh() -> None:
     }
 
 
+def test_of_two_weight_syncs_for_a_pair_the_run_file_says_which() -> None:
+    sync = WeightSyncSpec(**_said("other"), trainer="plain", engine="quick", receiver="nowhere:receiver")
+    plugins = catalog(_plugin("fake-sync", sync))
+    with pytest.raises(UserError) as caught:
+        plan_of(RUN, plugins=plugins)
+    assert str(caught.value).endswith(
+        "2 weight syncs go from trainer 'plain' to engine 'quick'. "
+        'Say publish.sync = "fake-sync:other" or "fake-stack:plain-to-quick".'
+    )
+    for name, plugin in (("other", "fake-sync"), ("plain-to-quick", "fake-stack")):
+        found = plan_of(RUN, f"publish.sync={name}", plugins=plugins)
+        assert found.sync is not None
+        assert (found.sync.spec.name, found.sync.plugin) == (name, plugin)
+    with pytest.raises(UserError, match="weight sync 'choosy-to-quick' does not go from trainer 'plain'"):
+        plan_of(RUN, "publish.sync=choosy-to-quick", plugins=plugins)
+    with pytest.raises(UserError, match=r"publish\.sync: unknown weight sync 'othr'. Did you mean 'other'"):
+        plan_of(RUN, "publish.sync=othr", plugins=plugins)
+
+
 def test_a_reference_a_dtype_and_gpus_count() -> None:
     gives = TrainerSpec(**_said("referee"), gives=frozenset({"old_logprobs", "ref_logprobs"}))
     sync = WeightSyncSpec(**_said("referee-to-quick"), trainer="referee", engine="quick", receiver="nowhere:receiver")

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
@@ -268,6 +269,23 @@ def _summary(record: str, verdicts: Iterable[Verdict]) -> Iterator[_Outcome]:
         kept = f"{len(reached) - skipped} of {len(reached)} rules kept"
         kept += ", the others not tried" if skipped else ""
         yield "ok" if skipped < len(reached) else "skip", f"{record}: {kept}", ()
+
+
+# ---- new ----------------------------------------------------------------------------------------------------------
+
+
+@plugins.command()
+@click.argument("name")
+@click.option("--kind", required=True, help="What it brings: reward, loss, engine, ...")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to write it; by default a new folder NAME here.")
+def new(name: str, kind: str, folder: Path | None) -> None:
+    """Write a new plugin NAME: a complete, small package with one component, its tests and a workflow to publish it."""
+    from miles_core.scaffold import new_plugin
+
+    target = Path(name) if folder is None else folder
+    for file in new_plugin(name, kind, target):
+        click.echo(target / file)
+    click.echo(f"\nNext: cd {target} && pip install -e '.[test]' && pytest && miles plugins check {name}")
 
 
 # ---- hooks --------------------------------------------------------------------------------------------------------

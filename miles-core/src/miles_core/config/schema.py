@@ -184,9 +184,11 @@ class CheckpointSection:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishSection:
-    """`[publish]`: mode: how engines stop for new weights; see `roles.PauseMode`."""
+    """`[publish]`: mode: how engines stop for new weights; see `roles.PauseMode`. sync: the weight sync, which has to be
+    said only where several serve the run's trainer and engine."""
 
     mode: PauseMode = "drain"
+    sync: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

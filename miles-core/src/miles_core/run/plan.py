@@ -285,14 +285,29 @@ def _find_sync(plan: schema.Plan, catalog: Catalog) -> schema.Component | None:
     """The weight sync of the run's trainer and engine."""
     if plan.engine is None:
         return None
-    entries = catalog.all(WeightSyncSpec)
-    for entry in entries:
-        if (entry.spec.trainer, entry.spec.engine) == (plan.trainer.spec.name, plan.engine.spec.name):
-            return schema.Component(spec=entry.spec, plugin=entry.plugin.name)
+    entries, pair = catalog.all(WeightSyncSpec), (plan.trainer.spec.name, plan.engine.spec.name)
+    way = f"from trainer {pair[0]!r} to engine {pair[1]!r}"
+    serving = [entry for entry in entries if (entry.spec.trainer, entry.spec.engine) == pair]
+    if plan.publish.sync is not None:
+        origin = plan.origins["publish.sync"]
+        try:
+            entries = [catalog.get(WeightSyncSpec, plan.publish.sync)]
+        except UserError as error:
+            raise error.placed(f"{origin}: publish.sync") from error.__cause__
+        serving = [entry for entry in serving if entry in entries]
+        if not serving:
+            raise UserError(f"{origin}: weight sync {plan.publish.sync!r} does not go {way}")
+    if len(serving) > 1:  # a package that was installed must not decide
+        names = " or ".join(f'"{entry.plugin.name}:{entry.spec.name}"' for entry in serving)
+        raise UserError(
+            f"{plan.origins['engine.name']}: {len(serving)} weight syncs go {way}. Say publish.sync = {names}."
+        )
+    if serving:
+        return schema.Component(spec=serving[0].spec, plugin=serving[0].plugin.name)
     pairs = ", ".join(f"{entry.spec.trainer} -> {entry.spec.engine}" for entry in entries) or "none"
     raise UserError(
-        f"{plan.origins['engine.name']}: no weight sync goes from trainer {plan.trainer.spec.name!r} to engine "
-        f"{plan.engine.spec.name!r}; installed pairs: {pairs}. Choose such a pair, or install a plugin that serves it"
+        f"{plan.origins['engine.name']}: no weight sync goes {way}; installed pairs: {pairs}. "
+        "Choose such a pair, or install a plugin that serves it"
     )
 
 

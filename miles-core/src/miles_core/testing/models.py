@@ -78,6 +78,9 @@ def randomised(config: Any, generator: Any) -> Any:
 
 def save_model(model: Any, folder: Path) -> Path:
     """A Hugging Face folder: config, weights as safetensors, and a tokenizer."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     _save_tokenizer(folder, model.config.get_text_config().vocab_size)
     return folder

@@ -1,0 +1,213 @@
+"""`miles plugins new`: a complete, small plugin, from the templates in miles_core/templates.
+
+Templates are `string.Template`s, one folder a kind and one for what all kinds have. Everything is checked and rendered
+before the first file is written, so nothing is ever overwritten or left half done.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import keyword
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from string import Template
+
+from miles_core import __version__
+from miles_core.errors import UserError, nearest
+from miles_core.plugins import normalised
+
+_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What a template brings. summary: of its component; usage: README's words on using it; dependencies: its
+    requirements beside miles-core; test_dependencies: those of its tests alone."""
+
+    summary: str
+    usage: str
+    dependencies: tuple[str, ...] = ()
+    test_dependencies: tuple[str, ...] = ()
+
+
+def _toml(text: str) -> str:
+    return f"In a run file:\n\n```toml\n{text}\n```"
+
+
+_NUMPY = ("numpy>=1.26",)
+_TORCH = ("torch>=2.11",)
+_MODELS = ("safetensors>=0.5", "torch>=2.11", "transformers>=4.57")
+
+KINDS: Mapping[str, Kind] = {
+    "rollout": Kind(
+        summary="The policy answers, is asked once more, and answers again",
+        usage=_toml('[rollout]\nname = "$component"\nquestion = "Really?"'),
+        dependencies=_NUMPY,
+    ),
+    "engine": Kind(
+        summary="Transformers on a CPU, one sequence after the other",
+        usage=_toml('[engine]\nname = "$component"'),
+        dependencies=("numpy>=1.26", "torch>=2.11", "transformers>=4.57"),
+        test_dependencies=("tokenizers>=0.21",),
+    ),
+    "trainer": Kind(
+        summary="Transformers and plain PyTorch on one process, one sample after the other",
+        usage=_toml('[trainer]\nname = "$component"\nlearning_rate = 1e-4'),
+        dependencies=("numpy>=1.26", *_MODELS),
+        test_dependencies=("tokenizers>=0.21",),
+    ),
+    "weight-sync": Kind(
+        summary="Weights travel as files in a folder that trainer and engines see",
+        usage=_toml('[publish]\nsync = "$component"'),
+        dependencies=("safetensors>=0.5", "torch>=2.11"),
+        test_dependencies=_NUMPY,
+    ),
+    "reward": Kind(
+        summary="1 if the response ends with the reference answer",
+        usage=_toml('[reward]\nname = "$component"\nignore_case = false'),
+    ),
+    "filter": Kind(
+        summary="Drops prompts whose best sample is not good enough",
+        usage=_toml('filters = [{ name = "$component", least = 0.5 }]'),
+    ),
+    "advantage": Kind(
+        summary="Reward minus the median of the prompt's samples",
+        usage=_toml('[advantage]\nname = "$component"'),
+        dependencies=_NUMPY,
+    ),
+    "loss": Kind(
+        summary="Policy gradient with a bounded importance weight",
+        usage=_toml('[loss]\nname = "$component"\nratio_max = 4.0'),
+        test_dependencies=_TORCH,
+    ),
+    "correction": Kind(
+        summary="Tokens that rollout and trainer disagree on count less",
+        usage=_toml('corrections = [{ name = "$component", softness = 0.5 }]'),
+        test_dependencies=_TORCH,
+    ),
+    "data-source": Kind(
+        summary="Additions without end",
+        usage=_toml('[data]\nname = "$component"\ndigits = 3'),
+        dependencies=_NUMPY,
+    ),
+    "model": Kind(
+        summary="Mistral, dense",
+        usage="A run whose `model.path` has the architecture `MistralForCausalLM` uses it; for a new model:\n\n"
+        '```toml\n[model]\nfamily = "$component"\nconfig = { hidden_size = 256, num_hidden_layers = 4 }\n```',
+        test_dependencies=_MODELS,
+    ),
+    "tracker": Kind(
+        summary="Metrics as a table of comma-separated values in the run folder",
+        usage=_toml('trackers = [{ name = "$component", prefix = "eval/" }]'),
+    ),
+    "callback": Kind(
+        summary="Writes down at which step an evaluation was best",
+        usage=_toml('callbacks = [{ name = "$component", metric = "eval/reward" }]'),
+    ),
+    "recipe": Kind(
+        summary="A small new model learns to add two numbers",
+        usage="```bash\nmiles train $component\n```",
+        dependencies=("miles-grpo>=0.1,<0.2",),
+    ),
+    "command": Kind(
+        summary="Show a metric of a run, step by step",
+        usage="```bash\nmiles $component runs/NAME --metric reward\n```",
+        dependencies=("click>=8.1",),
+    ),
+}
+"""The kinds that there is a template for: all of them."""
+
+
+def new_plugin(name: str, kind: str, folder: Path) -> list[Path]:
+    """Writes a plugin called `name` into `folder` and returns its files, relative to it, in order.
+
+    name: of the distribution; the package is the same with underscores, and the component without "miles-". Raises
+    `UserError`, before anything is written, for an unknown kind, a name that is no name or is taken, and a folder that
+    is not empty.
+    """
+    if kind not in KINDS:
+        raise UserError(f"there is no kind {kind!r}. {nearest(kind, KINDS)}")
+    _check_name(name)
+    _check_folder(folder)
+    values = _values(name, kind)
+    files = {_target(path, kind, values): Template(text).substitute(values) for path, text in _templates(kind)}
+    files[Path("src", values["package"], "py.typed")] = ""
+    for path, text in sorted(files.items()):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text, encoding="utf-8")
+    return sorted(files)
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"{name!r} is no name for a plugin: it must begin with a letter and consist of lower-case letters, digits "
+            "and single hyphens, such as acme-suffix-reward"
+        )
+    package = name.replace("-", "_")
+    if keyword.iskeyword(package) or package in sys.stdlib_module_names:
+        raise UserError(f"{name!r} is no name for a plugin: {package} already means something in Python")
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        pass
+    else:
+        raise UserError(f"{normalised(name)} {found} is installed already; choose another name")
+    if find_spec(package) is not None:
+        raise UserError(f"there is a module {package} already; choose another name")
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; nothing was written. Choose another folder with --folder.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose a folder with --folder.")
+
+
+def _values(name: str, kind: str) -> dict[str, str]:
+    """What a template's variables stand for."""
+    chosen = KINDS[kind]
+    component = name.removeprefix("miles-")
+    release = [int(part) for part in __version__.split(".")[:2]]
+    values = {
+        "name": name,
+        "package": name.replace("-", "_"),
+        "component": component,
+        "entry": component,
+        "function": component.replace("-", "_"),
+        "Class": "".join(part.capitalize() for part in component.split("-")),
+        "kind": kind.replace("-", " "),
+        "summary": f"{chosen.summary}.",
+        "floor": ".".join(map(str, release)),
+        "ceiling": f"0.{release[1] + 1}" if release[0] == 0 else str(release[0] + 1),
+        "dependencies": "".join(f'    "{requirement}",\n' for requirement in chosen.dependencies),
+        "test_dependencies": "".join(f', "{requirement}"' for requirement in chosen.test_dependencies),
+    }
+    return {**values, "usage": Template(chosen.usage).substitute(values)}
+
+
+def _templates(kind: str) -> Iterator[tuple[PurePosixPath, str]]:
+    """(folder and file, text) of the common templates and of the kind's own."""
+    root = importlib.resources.files("miles_core") / "templates"
+    for folder in ("common", kind):
+        for file in sorted((root / folder).iterdir(), key=lambda file: file.name):
+            yield PurePosixPath(folder, file.name.removesuffix(".txt")), file.read_text(encoding="utf-8")
+
+
+def _target(path: PurePosixPath, kind: str, values: Mapping[str, str]) -> Path:
+    """Where a template's text goes."""
+    special = {
+        "common/gitignore": ".gitignore",
+        "common/publish.yml": ".github/workflows/publish.yml",
+        "common/test_contract.py": "tests/test_contract.py",
+        f"{kind}/test_part.py": f"tests/test_{values['function']}.py",
+        "recipe/recipe.toml": f"src/{values['package']}/recipes/{values['component']}.toml",
+    }
+    if str(path) in special:
+        return Path(special[str(path)])
+    return Path(path.name) if path.parts[0] == "common" else Path("src", values["package"], path.name)
