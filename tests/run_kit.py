@@ -61,8 +61,8 @@ class Broken:
 
 
 class Probe:
-    """What MILES_PROBE says: pause: step after which the driver waits, and for how many seconds; raise: the hook that
-    raises; full_disk: step after which trainer rank 0 cannot write large files."""
+    """What MILES_PROBE says: pause: step after which the driver waits, and for how many seconds; raise: the hooks that
+    raise; full_disk: step after which trainer rank 0 cannot write large files."""
 
     def __init__(self, options):
         self.orders = json.loads(os.environ.get("MILES_PROBE", "{}"))
@@ -73,7 +73,7 @@ class Probe:
             file.write(json.dumps({**values, "pid": os.getpid()}) + "\\n")
 
     def disturb(self, hook):
-        if self.orders.get("raise") == hook:
+        if hook in self.orders.get("raise", []):
             raise ArithmeticError(f"the probe raises in {hook}")
 
     def run_start(self, run):
@@ -182,23 +182,21 @@ class Miles:
     ) -> subprocess.Popen[str]:
         """`miles ARGS`, in a process group of its own, as a shell would start it."""
         code = "import sys; from miles_core.cli.main import main; sys.exit(main())"
-        path = os.pathsep.join(filter(None, [str(self.folder / "site"), os.environ.get("PYTHONPATH")]))
         return subprocess.Popen(
             [sys.executable, "-c", code, *args],
             cwd=cwd or self.folder,
-            env={
-                **os.environ,
-                "PYTHONPATH": path,
-                "OMP_NUM_THREADS": "1",
-                "MILES_PROBE": json.dumps(probe or {}),
-                "MILES_PROBE_FOLDER": str(self.folder),
-                MARK: self.mark,
-            },
+            env={**self.environment(probe or {}), MARK: self.mark},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
+
+    def environment(self, probe: Mapping[str, Any]) -> dict[str, str]:
+        """In which the probe is installed and has its orders."""
+        path = os.pathsep.join(filter(None, [str(self.folder / "site"), os.environ.get("PYTHONPATH")]))
+        own = {"MILES_PROBE": json.dumps(probe), "MILES_PROBE_FOLDER": str(self.folder)}
+        return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **own}
 
     def run(self, *args: str, probe: Mapping[str, Any] | None = None, cwd: Path | None = None) -> Ended:
         """`miles ARGS`, to its end."""
@@ -260,7 +258,8 @@ class Miles:
                 raise AssertionError(f"the run has ended: {process.communicate()}")
             return next((note for note in self.notes(name) if values.items() <= note.items()), None)
 
-        return wait_for(noted, f"{name} {values}", 240.0)
+        found: dict[str, Any] = wait_for(noted, f"{name} {values}", 240.0)
+        return found
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""

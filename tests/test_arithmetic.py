@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def _generates(policy: Path) -> bool:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(policy)
-    model = AutoModelForCausalLM.from_pretrained(policy)
+    model: Any = AutoModelForCausalLM.from_pretrained(policy)
     answers = 0
     for question, answer in (("2 + 3 =", "5"), ("7 - 4 =", "3"), ("9 - 3 =", "6"), ("4 + 4 =", "8")):
         prompt = tokenizer(question, return_tensors="pt")

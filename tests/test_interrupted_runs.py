@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_kit import MODEL, Ended, Miles, apart_from_times
@@ -88,7 +89,7 @@ def test_the_finished_policy_generates_in_transformers(miles: Miles, whole: Ende
 
     folder = miles.folder / "runs/whole/policy"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     made = model.generate(**tokenizer("7 + 1 =", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert made.shape[1] > len("7 + 1 =")
 
@@ -97,7 +98,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(miles: Miles, whole: Ended, tmp_
     folder = miles.folder / "runs/cut"
     seen = len(miles.notes("paused"))
 
-    def paused(*args: str, at: int, seconds: float, cwd: Path | None = None):  # type: ignore[no-untyped-def]
+    def paused(*args: str, at: int, seconds: float, cwd: Path | None = None):
         process = miles.start(*args, probe={"pause": [at, seconds]}, cwd=cwd)
         miles.wait_for_note("paused", process, step=at)
         return process

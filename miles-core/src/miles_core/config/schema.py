@@ -184,8 +184,8 @@ class CheckpointSection:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishSection:
-    """`[publish]`: mode: how engines stop for new weights; see `roles.PauseMode`. sync: the weight sync, which has to be
-    said only where several serve the run's trainer and engine."""
+    """`[publish]`: mode: how engines stop for new weights; see `roles.PauseMode`. sync: the weight sync, which has to
+    be said only where several serve the run's trainer and engine."""
 
     mode: PauseMode = "drain"
     sync: str | None = None
