@@ -105,7 +105,10 @@ class Session:
         except (ConnectionError, ValueError) as error:
             if self.local:
                 raise
-            raise UserError(f"cluster.address = {self._address!r}: no Ray cluster answers there: {error}") from error
+            raise UserError(
+                f"cluster.address = {self._address!r}: no Ray cluster lets us in there: {error} (for one that wants a "
+                "token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)"
+            ) from error
         finally:
             signal.signal(signal.SIGTERM, terminated)  # Ray's own would leave without ending the members
         # Ray prints what it has to say of a dead worker on standard output; we say it ourselves, with the log's end.

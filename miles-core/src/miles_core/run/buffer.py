@@ -34,7 +34,7 @@ def save(folder: Path, state: Mapping[str, Any], groups: Mapping[int, tuple[int,
             name: np.concatenate([getattr(sample, name) for sample in samples]) for name in (*_PROMPT, *_RESPONSE)
         }
     arrays |= {f"routed_experts/{place}": s.routed_experts for place, s in enumerate(samples) if _routed(s)}
-    (folder / "collector.json").write_text(json.dumps({**state, "groups": described}, ensure_ascii=False), "utf-8")
+    (folder / "collector.json").write_text(json.dumps({**state, "groups": described}), "utf-8")
     np.savez(folder / "buffer.npz", allow_pickle=False, **arrays)
 
 

@@ -1,0 +1,140 @@
+"""What a run does when something fails under it: it says what, where and how to go on, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from run_kit import RUN, Miles
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def miles(tmp_path: Path) -> Miles:
+    return Miles(tmp_path)
+
+
+def test_a_full_disk_and_a_dead_engine_cost_an_asynchronous_run_nothing_but_time(miles: Miles) -> None:
+    path = miles.folder / "fast.toml"
+    path.write_text(
+        RUN.replace("steps = 4", "steps = 8\nmax_staleness = 2").replace('"torch"', '"torch"\ncount = 2', 1)
+    )
+    folder = miles.folder / "runs/fast"
+
+    ended = miles.run("train", "fast.toml", "publish.mode=in-place", "checkpoint.every=2", probe={"full_disk": 4})
+    assert (ended.code, ended.left_over) == (1, [])
+    assert "step-00000004 could not be saved: trainer 0 cannot write" in ended.err
+    assert "File too large" in ended.err
+    assert f"The checkpoint of step 2 is whole; once that is mended, go on with: miles resume {folder}" in ended.err
+    assert "Traceback" not in ended.err
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+
+    process = miles.start("resume", str(folder), probe={"pause": [6, 3.0]})
+    miles.wait_for_note("paused", process, step=6)
+    engine = [note["pid"] for note in miles.notes("members") if note["role"] == "engine 1"][-1]
+    (folder / "logs/engine-1.log").open("a").write("the last words of engine 1\n")
+    os.kill(engine, signal.SIGKILL)
+    ended = miles.end(process)
+    assert (ended.code, ended.left_over) == (1, [])
+    assert "Error: engine 1 died in " in ended.err
+    assert f"the last lines of its log, {folder}/logs/engine-1.log:\n" in ended.err
+    assert ended.err.endswith("    the last words of engine 1\n")
+
+    ended = miles.run("resume", str(folder))
+    assert (ended.code, ended.err, ended.left_over) == (0, "", [])
+    last = {note["step"]: note["groups"] for note in miles.notes("trained")}
+    assert sorted(last) == list(range(8))
+    assert sorted(group for groups in last.values() for group in groups) == list(range(32))
+    lines = [line for line in miles.metrics("fast") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert max(line["staleness/max"] for line in lines) in (1.0, 2.0)
+
+
+@contextmanager
+def cluster(environment: Mapping[str, str]) -> Iterator[str]:
+    """The address of a Ray cluster that is there before the run and after it."""
+    from ray.util import get_node_ip_address
+
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--head", "--num-cpus=4", f"--port={port}"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield f"{get_node_ip_address()}:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+_ALIVE = """
+import ray, sys
+ray.init(address=sys.argv[1], log_to_driver=False)
+print(ray.cluster_resources()["CPU"] == ray.available_resources()["CPU"] == 4)
+"""
+
+
+def test_a_callback_that_raises_in_a_trainer_rank_ends_the_run_and_not_the_cluster(
+    miles: Miles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
+    orders = {"raise": ["before_train_step"]}
+    with cluster(miles.environment(orders)) as address:
+        ended = miles.run("train", "run.toml", f"cluster.address={address}", "trainer.ranks=2", probe=orders)
+        alive = subprocess.run([sys.executable, "-c", _ALIVE, address], capture_output=True, text=True, check=False)
+    assert alive.stdout.strip() == "True", alive.stderr
+    assert ended.code == 1
+    trace, _, message = ended.err.rpartition("\nError: ")
+    log = miles.folder / "runs/run/logs/trainer-0.log"
+    reason = "ArithmeticError: the probe raises in before_train_step"
+    assert message == f"trainer 0 failed in update (log: {log}): {reason}\n"
+    assert "Traceback (most recent call last):" in trace
+    assert "in before_train_step\n" in trace
+    assert "ray::" not in ended.err
+    assert reason in log.read_text()
+
+
+def test_a_callback_that_raises_in_the_driver_ends_the_run_and_cannot_hide_why(miles: Miles) -> None:
+    ended = miles.run("train", "run.toml", probe={"raise": ["step_end", "run_failed"]})
+    assert (ended.code, ended.left_over) == (1, [])
+    trace, _, message = ended.err.rpartition("\nError: ")
+    assert message == (
+        "the callback hook step_end failed in the driver: ArithmeticError: the probe raises in step_end\n"
+    )
+    assert "in step_end\n" in trace
+    assert "the callback hook run_failed failed in the driver" in ended.out
+    assert [note["hook"] for note in miles.notes("ended")] == ["run_failed", "run_end"]
+    assert miles.notes("ended")[0]["error"] == message.strip()
+
+
+def test_a_reward_that_always_raises_ends_the_run_with_its_traceback(miles: Miles) -> None:
+    ended = miles.run("train", "run.toml", "reward.name=broken")
+    assert (ended.code, ended.left_over) == (1, [])
+    assert ended.err.endswith(
+        "Error: every sample of 4 groups in a row failed to be scored, the last one with: broken: "
+        "LookupError: no such verifier\n"
+    )
+    assert 'raise LookupError("no such verifier")' in ended.err
+
+
+def test_bad_data_ends_the_run_before_it_begins_and_leaves_no_folder(miles: Miles) -> None:
+    with (miles.folder / "data.jsonl").open("a") as file:
+        file.write('{"prompt": "1 + 1 =", "answer": \n')
+    ended = miles.run("train", "run.toml")
+    assert (ended.code, ended.left_over) == (2, [])
+    assert ended.err.startswith("Error: data.jsonl:41: not JSON: ")
+    assert ended.err.count("\n") == 1
+    assert not (miles.folder / "runs/run").exists()
