@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent
 MEMBERS = sorted(
@@ -41,6 +46,13 @@ def run(session: nox.Session, program: str, *arguments: str | Path) -> None:
     programs = session.cache_dir.parent.resolve() / "workspace" / "bin"
     path = os.pathsep.join((str(programs), os.environ["PATH"]))
     session.run(programs / program, *arguments, env={"PATH": path, "OMP_NUM_THREADS": "1"}, external=True)
+
+
+def over_workspace(session: nox.Session) -> None:
+    """Let the session's own environment see what the workspace's has, below what it has itself."""
+    (above,) = Path(session.virtualenv.location).glob("lib/python*/site-packages")
+    (below,) = (session.cache_dir.parent.resolve() / "workspace").glob("lib/python*/site-packages")
+    (above / "workspace.pth").write_text(f"import site; site.addsitedir({str(below)!r})\n")
 
 
 @nox.session
@@ -75,9 +87,7 @@ def tests(session: nox.Session) -> None:
 def oracles(session: nox.Session) -> None:
     """Compare the algorithms with TRL, verl, OpenRLHF and AReaL, in an environment that lies over the workspace's."""
     session.install("--no-deps", "-r", str(ROOT / "tests" / "oracles" / "requirements.txt"))
-    (above,) = Path(session.virtualenv.location).glob("lib/python*/site-packages")
-    (below,) = (session.cache_dir.parent.resolve() / "workspace").glob("lib/python*/site-packages")
-    (above / "workspace.pth").write_text(f"import site; site.addsitedir({str(below)!r})\n")
+    over_workspace(session)
     session.run("python", "-m", "pytest", "tests/oracles", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
@@ -111,6 +121,88 @@ def try_wheels(session: nox.Session, wheels: Path, names: list[str]) -> None:
     session.run(python, "-I", ROOT / "tests" / "import_all.py", *packages, external=True)
     session.run(environment / "bin" / "miles", "plugins", "list", external=True)
     session.run(environment / "bin" / "miles", "plugins", "check", external=True)
+
+
+@nox.session(reuse_venv=True, requires=["workspace"])
+def template(session: nox.Session) -> None:
+    """What `miles plugins new` writes, for every kind (or `-- KIND`): install, test, build, check and lint it."""
+    over_workspace(session)
+    code = "from miles_core.scaffold import KINDS; print(*KINDS)"
+    kinds = session.posargs or str(session.run("python", "-c", code, silent=True)).split()
+    with tempfile.TemporaryDirectory() as folder:  # not below .nox, where ruff does not look
+        for kind in kinds:
+            try_template(session, kind, Path(folder).resolve() / kind)
+
+
+def try_template(session: nox.Session, kind: str, folder: Path) -> None:
+    """The whole way of one plugin, with the time that it takes its author; and its style."""
+    name, started = f"acme-{kind}", time.monotonic()
+
+    def python(*arguments: str) -> None:
+        session.run("python", "-m", *arguments, env={"OMP_NUM_THREADS": "1"})
+
+    python("miles_core", "plugins", "new", name, "--kind", kind, "--folder", str(folder))
+    with session.chdir(folder):
+        python("pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", ".")
+        python("pytest", "-q")
+        python("hatchling", "build")
+        python("miles_core", "plugins", "check", name)
+        session.log(f"{kind}: {time.monotonic() - started:.1f} s from nothing to a checked wheel")
+        style = ("--isolated", "--line-length", "120", ".")
+        python("ruff", "check", *style)
+        python("ruff", "format", "--check", *style)
+    python("pip", "uninstall", "-qy", name)
+
+
+@nox.session(default=False)
+def alone(session: nox.Session) -> None:
+    """One plugin with nothing but what it declares: `nox -s alone -- miles-grpo`. Runs its contract tests."""
+    try_alone(session, CONSTRAINTS)
+
+
+@nox.session(default=False)
+def minimums(session: nox.Session) -> None:
+    """One plugin with the lowest versions that it declares: `nox -s minimums -- miles-grpo`."""
+    lowest = Path(session.create_tmp()).resolve() / "lowest.txt"
+    for name in session.posargs:
+        lowest.write_text("".join(f"{line}\n" for line in sorted(floors(name))))
+        try_alone(session, ("-c", str(lowest)), [name])
+
+
+def try_alone(session: nox.Session, constraints: Sequence[str], names: Sequence[str] | None = None) -> None:
+    """A fresh environment for each of the distributions, and their contract tests in it; those that need what is not
+    there, such as torch, are skipped with that reason."""
+    for name in names or session.posargs:
+        (member,) = (member for member in MEMBERS if member.name == name)
+        ours = [str(member), *(str(other) for other in MEMBERS if other.name in requirements(member))]
+        session.run("python", "-m", "venv", "--clear", f".nox/alone/{name}", external=True)
+        python = f".nox/alone/{name}/bin/python"
+        session.run(
+            python, "-m", "pip", "install", "-q", *constraints, *ours, "pytest", "pytest-timeout", external=True
+        )
+        session.run(python, "-I", "tests/import_all.py", name.replace("-", "_"), external=True)
+        tests = f"{member}/tests/test_contract.py"
+        session.run(python, "-m", "pytest", "-q", tests, env={"OMP_NUM_THREADS": "1"}, external=True)
+
+
+def requirements(member: Path) -> dict[str, Requirement]:
+    """Name -> requirement, of what a distribution declares and of what those of this repository among it declare."""
+    project = tomllib.loads((ROOT / member / "pyproject.toml").read_text())["project"]
+    found = {requirement.name: requirement for requirement in map(Requirement, project["dependencies"])}
+    for other in MEMBERS:
+        if other.name in found:
+            found = {**requirements(other), **found}
+    return found
+
+
+def floors(name: str) -> Iterator[str]:
+    """The lowest versions, as constraints, of everything from elsewhere that the distribution `name` declares."""
+    (member,) = (member for member in MEMBERS if member.name == name)
+    own = {other.name for other in MEMBERS}
+    for requirement in requirements(member).values():
+        if requirement.name not in own:
+            (lowest,) = (each.version for each in requirement.specifier if each.operator == ">=")
+            yield f"{requirement.name}=={lowest}"
 
 
 @nox.session(venv_backend="none", requires=["workspace"])
