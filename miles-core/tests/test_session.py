@@ -6,9 +6,12 @@ import asyncio
 import errno
 import os
 import pickle
+import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,6 +161,9 @@ class Worker(_Process):
     def work(self, error: Exception) -> None:
         raise error
 
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
     async def wait(self, error: Exception) -> None:
         raise error
 
@@ -167,7 +173,25 @@ class Worker(_Process):
 
 @pytest.fixture
 def worker() -> Worker:
-    return Worker("trainer 1", Path("logs/trainer-1.log"), None)  # type: ignore[arg-type]
+    plan: Any = SimpleNamespace(cluster=ClusterSection(deadline_s=0.2))
+    return Worker("trainer 1", Path("logs/trainer-1.log"), plan)
+
+
+def test_a_call_that_others_are_about_to_give_up_says_where_it_stands(
+    worker: Worker, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with capfd.disabled(), tempfile.TemporaryFile() as log:
+        kept = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            worker.sleep(0.4)
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+        log.seek(0)
+        text = log.read().decode()
+    assert "Timeout" in text
+    assert "in sleep" in text
 
 
 def test_what_a_member_raises_travels_with_its_traceback(worker: Worker, capfd: pytest.CaptureFixture[str]) -> None:

@@ -75,10 +75,14 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def called(self: _Process, *args: Any) -> Any:
+        # Shortly before others give up waiting for this call, the log gets to know where it stands.
+        faulthandler.dump_traceback_later(0.9 * self.plan.cluster.deadline_s)
         try:
             return method(self, *args)
         except Exception as error:
             raise failure(error, self.name, method.__name__, self.log) from None
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     return called
 

@@ -98,7 +98,7 @@ class Saving:
         if isinstance(error, RunError):
             reason, cause = error.message, error.cause
         else:
-            reason, cause = f"{error.strerror or error} ({error.filename})", None
+            reason, cause = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else ""), None
         whole = all_of(self._run)
         last = f"The checkpoint of step {whole[-1].step} is whole" if whole else "There is no checkpoint yet"
         again = f"{last}; once that is mended, go on with: miles resume {self._run}"

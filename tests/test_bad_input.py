@@ -1,0 +1,69 @@
+"""Bad input is refused before anything starts: one message, exit code 2, and no run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from run_kit import MODEL, RUN, Miles
+
+
+@pytest.fixture(scope="module")
+def miles(tmp_path_factory: pytest.TempPathFactory) -> Miles:
+    made = Miles(tmp_path_factory.mktemp("bad"))
+    bare = made.folder / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text(json.dumps({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}))
+    (made.folder / "existing.toml").write_text(RUN.replace(MODEL, '[model]\npath = "bare"\n'))
+    (made.folder / "broken.toml").write_text("[loss\n")
+    (made.folder / "taken/there").mkdir(parents=True)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["arithmetics"], "Did you mean 'arithmetic'"),
+        (["run.toml", "loss.clip_hihg=0.3"], "Did you mean 'clip_high'"),
+        (["run.toml", "reward.name=evn"], "Did you mean 'even'"),
+        (["run.toml", "schedule.steps=many"], "schedule.steps"),
+        (["run.toml", "schedule.steps=0"], "schedule.steps must be at least 1"),
+        (["broken.toml"], "broken.toml:1"),
+        (["existing.toml"], "bare has no tokenizer"),
+        (["existing.toml", "model.path=nowhere"], "model.path 'nowhere' is no folder"),
+        (["run.toml", "folder=taken", "name=there"], "taken/there exists already; choose another name"),
+        (["run.toml", "folder=/proc/nothing"], "the run folder /proc/nothing/run cannot be made"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_at_once(miles: Miles, arguments: list[str], message: str) -> None:
+    ended = miles.run("train", *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith("Error: ")
+    assert message in ended.err
+    assert "Traceback" not in ended.err
+    assert not (miles.folder / "runs").exists() or not list((miles.folder / "runs").iterdir())
+
+
+@pytest.mark.parametrize("folder", ["taken/there", "nowhere"])
+def test_what_is_no_run_cannot_be_resumed(miles: Miles, folder: str) -> None:
+    ended = miles.run("resume", folder)
+    assert (ended.code, ended.out) == (2, "")
+    assert f"{miles.folder / folder} holds no run" in ended.err
+
+
+def test_a_checkpoint_that_was_tampered_with_is_named(miles: Miles, tmp_path: Path) -> None:
+    from miles_core.config.layers import open_catalog
+    from miles_core.run.plan import make_plan, write_run_files
+
+    target = str(miles.folder / "plain.toml")
+    Path(target).write_text(RUN.replace('callbacks = ["probe"]', "").replace('"even"', '"exact"'))
+    plan = make_plan(target, [], open_catalog(target, []))
+    write_run_files(plan, tmp_path)
+    last = tmp_path / "checkpoints/step-00000002"
+    last.mkdir(parents=True)
+    (last / "state.json").write_text('{"step": 3}')
+    ended = miles.run("resume", str(tmp_path))
+    assert (ended.code, ended.out) == (2, "")
+    assert f"checkpoint {last} says that it is of step 3; remove it" in ended.err
