@@ -174,11 +174,21 @@ def try_alone(session: nox.Session, constraints: Sequence[str], names: Sequence[
     there, such as torch, are skipped with that reason."""
     for name in names or session.posargs:
         (member,) = (member for member in MEMBERS if member.name == name)
-        ours = [str(member), *(str(other) for other in MEMBERS if other.name in requirements(member))]
+        ours = [f"./{member}", *(f"./{other}" for other in MEMBERS if other.name in requirements(member))]
         session.run("python", "-m", "venv", "--clear", f".nox/alone/{name}", external=True)
         python = f".nox/alone/{name}/bin/python"
         session.run(
-            python, "-m", "pip", "install", "-q", *constraints, *ours, "pytest", "pytest-timeout", external=True
+            python,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            *constraints,
+            *ours,
+            "hypothesis",
+            "pytest",
+            "pytest-timeout",
+            external=True,
         )
         session.run(python, "-I", "tests/import_all.py", name.replace("-", "_"), external=True)
         tests = f"{member}/tests/test_contract.py"

@@ -149,13 +149,22 @@ class TrainerHooks:
 
     @hookspec
     def before_train_step(self, context: TrainerContext, step: int, model: Any, optimizer: Any, batch: Batch) -> None:
-        """The forward and backward passes of an optimizer step are about to begin. Since 0.1."""
+        """The forward and backward passes of an optimizer step on `batch` are about to begin. Since 0.1."""
+
+    @hookspec(firstresult=True)
+    def step_not_finite(
+        self, context: TrainerContext, step: int, model: Any, optimizer: Any, fault: str
+    ) -> bool | None:
+        """The loss or the gradient norm of an optimizer step is not finite; its gradients are still there. `fault` says
+        of which sample, the same on every rank. True skips the step, False stops the run, None leaves it to the next
+        callback; the run stops if nobody decides. Every rank has to decide alike. Since 0.1."""
 
     @hookspec
     def after_train_step(
         self, context: TrainerContext, step: int, model: Any, optimizer: Any, metrics: dict[str, float]
     ) -> None:
-        """The optimizer has stepped; what is put into `metrics` is reported with the step's. Since 0.1."""
+        """The optimizer has stepped, or its step was skipped (`metrics` has `skipped_steps`); what is put into
+        `metrics` is reported with the step's. Since 0.1."""
 
     @hookspec
     def weights_published(self, context: TrainerContext, version: int) -> None:

@@ -41,7 +41,7 @@ def _toml(text: str) -> str:
 
 _NUMPY = ("numpy>=1.26",)
 _TORCH = ("torch>=2.11",)
-_MODELS = ("safetensors>=0.5", "torch>=2.11", "transformers>=4.57")
+_MODELS = ("safetensors>=0.5", "torch>=2.11", "transformers>=4.57.1")
 
 KINDS: Mapping[str, Kind] = {
     "rollout": Kind(
@@ -52,7 +52,7 @@ KINDS: Mapping[str, Kind] = {
     "engine": Kind(
         summary="Transformers on a CPU, one sequence after the other",
         usage=_toml('[engine]\nname = "$component"'),
-        dependencies=("numpy>=1.26", "torch>=2.11", "transformers>=4.57"),
+        dependencies=("numpy>=1.26", "torch>=2.11", "transformers>=4.57.1"),
         test_dependencies=("tokenizers>=0.21",),
     ),
     "trainer": Kind(

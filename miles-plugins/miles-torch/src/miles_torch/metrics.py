@@ -81,7 +81,7 @@ def summary(reports: Sequence[Mapping[str, float]], passes: int) -> dict[str, fl
             found[name] = sum(values) / len(values)
         elif name == "tokens":
             found[name] = sum(values) / passes
-        elif name == "train_seconds":
+        elif name in ("train_seconds", "skipped_steps"):
             found[name] = sum(values)
         elif name.endswith(MAXIMUM):
             found[name] = max(values)

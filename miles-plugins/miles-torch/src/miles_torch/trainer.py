@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from miles_core.errors import RunError, UserError
+from miles_core.filler import filler
 from miles_core.roles import Bucket, BucketLayout, LossInputs, LossOutputs, Segments, TrainerContext, TrainStage
 from miles_core.run.mismatch import mismatch
 from miles_core.sample import Batch
@@ -174,26 +175,43 @@ class TorchTrainer:
         for group in adamw.param_groups:
             group["lr"] = rate
         if hooks is not None:
-            hooks.before_train_step(context=context, step=step, model=model, optimizer=adamw, batch=batch)
+            part = batch if len(samples) == len(batch) else batch.select(samples)
+            hooks.before_train_step(context=context, step=step, model=model, optimizer=adamw, batch=part)
         started = time.perf_counter()
         sums = Sums(self._device)
         forwards = [self._forward_backward(batch, packed, sums, first=first) for packed in self._plan(batch, samples)]
         metrics = report(sums.reduce())
-        if not math.isfinite(metrics["loss"]):
-            raise RunError(self._not_finite(batch, forwards))
         metrics["train_seconds"] = time.perf_counter() - started
         metrics["learning_rate"] = rate
-        metrics["grad_norm"] = self._clip(options.max_grad_norm, step)
-        adamw.step()
+        fault = None if math.isfinite(metrics["loss"]) else self._not_finite(batch, forwards)
+        metrics["grad_norm"] = norm = self._clip(options.max_grad_norm)
+        if fault is None and not math.isfinite(norm):
+            fault = (
+                f"step {step}: the gradient norm is {norm} although all losses are finite. "
+                "A lower learning rate, or dtype float32, may help."
+            )
+        if fault is None:
+            adamw.step()
+        else:
+            self._skip(fault, step)
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)} | {"skipped_steps": 1.0}
         adamw.zero_grad()
         self._steps += 1
         if hooks is not None:
             hooks.after_train_step(context=context, step=step, model=model, optimizer=adamw, metrics=metrics)
         return metrics
 
+    def _skip(self, fault: str, step: int) -> None:
+        """Asks the callbacks whether a step that is not finite may be skipped. Raises `RunError` if it may not."""
+        hooks, context, model = self.context.hooks, self.context, self._policy.model
+        told = {"context": context, "step": step, "model": model, "optimizer": self._optimizer, "fault": fault}
+        if hooks is None or not hooks.step_not_finite(**told):
+            raise RunError(fault)
+
     def _forward_backward(self, batch: Batch, packed: Packed, sums: Sums, *, first: bool) -> _Forward:
         micro = self._micro(packed)
-        logprobs, entropy = self._policy(micro, _temperature(batch), self._stage.entropy)
+        with filler(packed.dummy):
+            logprobs, entropy = self._policy(micro, _temperature(batch), self._stage.entropy)
         outputs = self._loss(batch, micro, logprobs, entropy)
         weighted = outputs.losses * self._column(batch, "weights", packed)
         objective = weighted.sum()
@@ -235,19 +253,15 @@ class TorchTrainer:
             )
         return outputs
 
-    def _clip(self, limit: float, step: int) -> float:
-        """Scales the gradients down to the norm `limit` (0: leaves them) and returns the norm that they had."""
+    def _clip(self, limit: float) -> float:
+        """Scales the gradients down to the norm `limit` (0: leaves them) and returns the norm that they had. Gradients
+        that are not finite stay as they are."""
         parameters = [parameter for parameter in self._policy.parameters() if parameter.grad is not None]
         if not parameters:
             return 0.0
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         norm = sharding.whole(norm)
-        if not torch.isfinite(norm):
-            raise RunError(
-                f"step {step}: the gradient norm is {norm.item()} although all losses are finite. "
-                "A lower learning rate, or dtype float32, may help."
-            )
-        if limit:
+        if limit and torch.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return float(norm)
 

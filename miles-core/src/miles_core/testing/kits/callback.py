@@ -61,6 +61,10 @@ def hears_a_run_in_a_trainer(subject: Subject[CallbackSpec]) -> Iterator[str]:
         hooks.after_train_step(context=context, step=step, model=model, optimizer=optimizer, metrics=metrics)
         yield from (f"the metric {name} is {value!r}" for name, value in metrics.items() if not math.isfinite(value))
         hooks.weights_published(context=context, version=step + 1)
+    model(torch.full((1, 3), math.nan)).sum().backward()
+    skips = hooks.step_not_finite(context=context, step=2, model=model, optimizer=optimizer, fault="a sample is not")
+    if skips not in (True, False, None):
+        yield f"step_not_finite gives {skips!r}"
 
 
 def hears_a_run_beside_an_engine(subject: Subject[CallbackSpec]) -> Iterator[str]:
