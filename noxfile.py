@@ -177,19 +177,8 @@ def try_alone(session: nox.Session, constraints: Sequence[str], names: Sequence[
         ours = [f"./{member}", *(f"./{other}" for other in MEMBERS if other.name in requirements(member))]
         session.run("python", "-m", "venv", "--clear", f".nox/alone/{name}", external=True)
         python = f".nox/alone/{name}/bin/python"
-        session.run(
-            python,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            *constraints,
-            *ours,
-            "hypothesis",
-            "pytest",
-            "pytest-timeout",
-            external=True,
-        )
+        wanted = (*constraints, *ours, "hypothesis", "pytest", "pytest-timeout")
+        session.run(python, "-m", "pip", "install", "-q", *wanted, external=True)
         session.run(python, "-I", "tests/import_all.py", name.replace("-", "_"), external=True)
         tests = f"{member}/tests/test_contract.py"
         session.run(python, "-m", "pytest", "-q", tests, env={"OMP_NUM_THREADS": "1"}, external=True)

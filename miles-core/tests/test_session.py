@@ -89,6 +89,20 @@ def test_who_is_late_is_named_with_the_method_and_the_log() -> None:
     )
 
 
+def test_who_is_late_is_named_although_another_gave_up_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "GRACE_S", 0.02)
+    with pytest.raises(RunError) as caught:
+        wait(
+            member("trainer 0", 0.29, task_error(RunError("trainer 0 failed: gloo timed out"))),
+            member("trainer 1", 60, None),
+            deadline_s=0.3,
+        )
+    assert caught.value.message == (
+        "no answer within 0.3 s (cluster.deadline_s): trainer 1 in work (log: logs/trainer-1.log)\n"
+        "whereupon trainer 0 failed: gloo timed out"
+    )
+
+
 def test_a_failure_does_not_wait_for_those_who_never_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "GRACE_S", 0.05)
     with pytest.raises(UserError, match="no such file"):

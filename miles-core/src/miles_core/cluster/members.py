@@ -14,11 +14,12 @@ import contextlib
 import faulthandler
 import functools
 import inspect
+import logging
 import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -286,6 +287,20 @@ class EngineMember(_Process):
             await self.engine.stop()
 
 
+@contextlib.contextmanager
+def _remarks() -> Iterator[list[str]]:
+    """Collects the warnings that are logged meanwhile by loggers of Miles, which are named like its packages."""
+    remarks: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: remarks.append(record.getMessage())  # type: ignore[method-assign]
+    handler.addFilter(lambda record: record.name.startswith("miles"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield remarks
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
 class CollectorMember(_Process):
     """The collector: data, rollouts, rewards, filters, advantages."""
 
@@ -295,11 +310,16 @@ class CollectorMember(_Process):
         self.collector: Any = None
         self.evaluation: asyncio.Task[dict[str, float]] | None = None
 
-    async def enter(self) -> None:
-        """Prepares the process and what needs no engine: all that can be wrong with the data is found here."""
+    async def enter(self) -> list[str]:
+        """Prepares the process and what needs no engine: all that can be wrong with the data is found here.
+
+        Returns what Miles and its plugins have to remark on the data.
+        """
         self._enter()
         pool = EnginePool(self.engines, self.plan.cluster.deadline_s) if self.engines else None
-        self.collector = await asyncio.to_thread(Collector, self.plan, self.model, pool)
+        with _remarks() as remarks:
+            self.collector = await asyncio.to_thread(Collector, self.plan, self.model, pool)
+        return remarks
 
     async def begin(self, stage: int, step: int, folder: Path | None) -> None:
         """A stage starts, or goes on from a checkpoint."""

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ LOG_TAIL = 25
 """Lines of a dead member's log that an error shows."""
 GRACE_S = 3.0
 """How long a failure waits for the news that another member has died, which would be its cause."""
+LATE = 0.9
+"""Who has not answered after this fraction of the deadline, when others give up, is late."""
 CLOSE_S = 5.0
 """How long members may take to end by themselves before they are killed."""
 
@@ -159,12 +162,14 @@ class Session:
         ]
         for future in futures:
             future.add_done_callback(_heard)
+        began = time.monotonic()
         done, pending = await asyncio.wait(futures, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
-        await _raise_failure(dict(zip(futures, calls, strict=True)), done, pending)
+        error, pending = await _failure(dict(zip(futures, calls, strict=True)), done, pending)
         late = [call for future, call in zip(futures, calls, strict=True) if future in pending]
-        if late:
-            names = "; ".join(f"{member.name} in {method} (log: {member.log})" for member, method, _ in late)
-            raise RunError(f"no answer within {limit:g} s (cluster.deadline_s): {names}")
+        if late and time.monotonic() - began >= LATE * limit:
+            raise _lateness(late, limit, error)
+        if error is not None:
+            raise error
         return [future.result() for future in futures]
 
     async def stop(self) -> None:
@@ -192,24 +197,33 @@ class Session:
         ray.shutdown()
 
 
-async def _raise_failure(
+async def _failure(
     calls: Mapping[asyncio.Future[Any], Call], done: set[asyncio.Future[Any]], pending: set[asyncio.Future[Any]]
-) -> None:
-    """Raises the failure of a call that is done, if there is one.
+) -> tuple[BaseException | None, set[asyncio.Future[Any]]]:
+    """The failure to tell of the calls that are done, if there is one; and the calls that are pending.
 
     When a process dies, those that were connected to it fail too, and may be heard first; so a failure waits for a
     moment, and a death goes before all others.
     """
     failures = _failures(calls, done)
-    until = asyncio.get_running_loop().time() + GRACE_S
+    until = time.monotonic() + GRACE_S
     while failures and pending and not any(isinstance(error, MemberDiedError) for error in failures):
-        left = until - asyncio.get_running_loop().time()
+        left = until - time.monotonic()
         done, pending = await asyncio.wait(pending, timeout=max(left, 0.0), return_when=asyncio.FIRST_COMPLETED)
         if not done:
             break
         failures += _failures(calls, done)
-    if failures:
-        raise next((error for error in failures if isinstance(error, MemberDiedError)), failures[0])
+    deaths = [error for error in failures if isinstance(error, MemberDiedError)]
+    return next(iter([*deaths, *failures]), None), pending
+
+
+def _lateness(late: Sequence[Call], limit: float, error: BaseException | None) -> BaseException:
+    """Who is late; and what others made of it, whose own limits may have ended a little earlier."""
+    if isinstance(error, MemberDiedError | UserError):
+        return error
+    names = "; ".join(f"{member.name} in {method} (log: {member.log})" for member, method, _ in late)
+    text = f"no answer within {limit:g} s (cluster.deadline_s): {names}"
+    return RunError(f"{text}\nwhereupon {error}" if error is not None else text)
 
 
 def _failures(calls: Mapping[asyncio.Future[Any], Call], done: set[asyncio.Future[Any]]) -> list[BaseException]:

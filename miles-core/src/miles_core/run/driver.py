@@ -83,7 +83,9 @@ class Run:
             self.session.start()  # on the main thread, where Ray sets its signal handlers
         with self.console.phase("starting trainer, engines and collector"):
             self._spawn()
-            await self.session.ask_all(self.session.members, "enter")  # bad data is refused before a GPU is touched
+            *_, remarks = await self.session.ask_all(self.session.members, "enter")  # no GPU is touched yet
+            for remark in remarks:
+                self.console.say(remark, "yellow")
             await asyncio.gather(self._start_trainers(), self._start_engines())
             if self.engines:
                 await self._connect()
