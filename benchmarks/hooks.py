@@ -19,8 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from train_step import make_batch
-from train_step import make_trainer as make
+from train_step import make_batch, make_trainer
 
 from miles_callbacks import options
 from miles_callbacks.aux_loss import AuxLossProbe
@@ -92,7 +91,7 @@ def measure_steps(rounds: int, folder: Path) -> None:
         "nan-guard": [NanGuard(options.NanGuard())],
         "aux-loss-probe": [AuxLossProbe(options.AuxLossProbe())],
     }
-    trainers = {name: make(folder / name, lifecycle("trainer", callbacks)) for name, callbacks in sides.items()}
+    trainers = {name: make_trainer(folder / name, lifecycle("trainer", callbacks)) for name, callbacks in sides.items()}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for step in range(rounds + 2):
         for name, trainer in trainers.items():

@@ -67,8 +67,8 @@ def make_batch(prompts: int, samples: int, prompt: int, response: int) -> Batch:
     )
 
 
-def make_trainer(folder: Path) -> TorchTrainer:
-    """A trainer with random weights, its loss set."""
+def make_trainer(folder: Path, hooks: Any = None) -> TorchTrainer:
+    """A trainer with random weights, its loss set. hooks: those of callbacks, as in `TrainerContext`."""
     config = Qwen3Config(
         vocab_size=1024,
         hidden_size=256,
@@ -92,6 +92,7 @@ def make_trainer(folder: Path) -> TorchTrainer:
         seed=0,
         reference=False,
         timeout_s=60,
+        hooks=hooks,
     )
     trainer = TorchTrainer(options, context)
     trainer.start()
