@@ -169,6 +169,30 @@ def test_another_component_does_not_inherit_the_options_of_the_old_one() -> None
     assert laid("[loss]\nname = 'a'\nhigh = 2\n", "loss.name=a").plain()["loss"] == {"name": "a", "high": 2}
 
 
+@pytest.mark.parametrize(
+    ("base", "flag", "kept"),
+    [
+        ("loss = { name = 'a', aggregation = 'group', high = 2 }", "loss.name=b", {"aggregation": "group"}),
+        ("engine = { name = 'a', count = 2, gpus = 1, seed = 3 }", "engine.name=b", {"count": 2, "gpus": 1}),
+        ("reward = [{ name = 'a', weight = 2.0, strict = true }]", "reward.a.name=b", {"weight": 2.0}),
+        ("reward = { name = 'a', weight = 2.0, strict = true }", "reward.name=b", {"weight": 2.0}),
+        ("loss = { name = 'a', aggregation = 'group', high = 2 }", "loss=b", None),
+    ],
+)
+def test_what_core_reads_in_a_section_outlives_its_component(base: str, flag: str, kept: Mapping[str, Any]) -> None:
+    (changed,) = laid(base, flag).plain().values()
+    if isinstance(changed, list):
+        (changed,) = changed
+    assert changed == ("b" if kept is None else {"name": "b", **kept})
+
+
+def test_a_bare_name_takes_options() -> None:
+    tree = laid("loss = 'a'\n", "loss.high=2")
+    assert tree.plain() == {"loss": {"name": "a", "high": 2}}
+    assert origin(tree, "loss", "name") == "run.toml:1"
+    assert laid("loss = 'a'\n", "loss.name=b").plain() == {"loss": {"name": "b"}}
+
+
 def test_another_run_name_leaves_the_run_as_it_is() -> None:
     assert laid("name = 'a'\nseed = 1\n", "name=b").plain() == {"name": "b", "seed": 1}
 

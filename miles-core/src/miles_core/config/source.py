@@ -6,6 +6,7 @@ A run is described in layers: a recipe, a run file over it, flags over both. Eac
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import re
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from miles_core.config import schema
 from miles_core.errors import UserError, nearest
 
 Key = tuple[str | int, ...]
@@ -258,18 +260,25 @@ def _node(value: Any, origin: str) -> Node:
 def merge(base: Node, over: Node, path: Key = ()) -> Node:
     """`over` laid over `base`: tables key by key, everything else as a whole.
 
-    A table with another `name` is another component and starts afresh; so does a model of another path or family.
-    A table over a list changes the items that its keys name or number; one reward is its own item 0.
+    A table with another `name` is another component: the options of the old one go with its name, and what core itself
+    reads in that section stays. So it is with a model of another path or family, and what described the old one.
+    A table over a component's bare name gives it options. A table over a list changes the items that its keys name or
+    number; one reward is its own item 0.
     """
     if not isinstance(over.value, dict):
         return over
+    if path and isinstance(base.value, str):
+        base = Node({"name": base}, base.origin)
     if isinstance(base.value, list) and "name" not in over.value:
         return _merge_items(base, over, path)
     if path[-1:] == ("reward",) and _addresses_single(base, over):
         return _merge_items(Node([base], base.origin), over, path)
-    if not isinstance(base.value, dict) or _renames(base, over, path):
+    if not isinstance(base.value, dict):
         return over
-    kept = {key: node for key, node in base.value.items() if key not in _superseded(base, over, path)}
+    kept = dict(base.value)
+    if _renames(base, over, path):
+        kept = {key: node for key, node in kept.items() if key in _core_keys(path)}
+    kept = {key: node for key, node in kept.items() if key not in _superseded(base, over, path)}
     for key, node in over.value.items():
         kept[key] = merge(kept[key], node, (*path, key)) if key in kept else node
     return Node(kept, base.origin)
@@ -284,6 +293,21 @@ def _renames(base: Node, over: Node, path: Key) -> bool:
     if not path or "name" not in base.value or "name" not in over.value:
         return False
     return bool(base.value["name"].value != over.value["name"].value)
+
+
+_SECTIONS: Mapping[Any, type[Any]] = {
+    "engine": schema.EngineSection,
+    "loss": schema.LossSection,
+    "reward": schema.RewardSection,
+    "trainer": schema.TrainerSection,
+}
+"""The sections in which keys of core's own stand beside a component's options."""
+
+
+def _core_keys(path: Key) -> frozenset[str]:
+    """Core's own keys in the section at `path`; in that of the reward, if it is one of several."""
+    section = _SECTIONS.get("reward" if "reward" in path[-2:] else path[-1])
+    return frozenset(field.name for field in dataclasses.fields(section)) if section else frozenset()
 
 
 def _superseded(base: Node, over: Node, path: Key) -> frozenset[str]:
