@@ -34,9 +34,10 @@ def _not_negative(section: str, **values: float) -> None:
 class Schedule:
     """`[schedule]`: how much of everything.
 
-    A step trains on `prompts_per_step * samples_per_prompt` samples: `updates_per_batch` passes over them, each in
-    `minibatches` optimizer steps of about equally many samples. `max_staleness` is how many weight versions a sample
-    may lag behind when it is trained: 0 is synchronous, 1 one step ahead, k fully asynchronous.
+    steps: how often a batch is generated and trained on. prompts_per_step, samples_per_prompt: their product is the
+    samples of a batch. updates_per_batch: passes over a batch. minibatches: optimizer steps of one pass, of about
+    equally many samples. max_staleness: how many weight versions a sample may lag behind when it is trained: 0 is
+    synchronous, 1 one step ahead, k fully asynchronous.
     """
 
     steps: int
@@ -67,8 +68,11 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    """`[model]`: `path`, a Hugging Face folder or hub name; or `family` with `config` (fields of its config.json) and
-    `tokenizer`, for a new model with random weights. max_tokens: longest prompt plus response; dtype: of the engine.
+    """`[model]`: either a `path` or a `family`.
+
+    path: a Hugging Face folder or hub name. family: a model family, for a new model with random weights. config: fields
+    of the new model's config.json. tokenizer: of the new model, "bytes" or "ascii". max_tokens: longest prompt plus
+    response. dtype: what the engine computes in.
     """
 
     path: str | None = None
@@ -86,11 +90,11 @@ class ModelSection:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSection:
-    """`[loss]`, beside the loss's own options. aggregation: how per-token losses become one number, through
-    `Batch.weights`; see `miles_core.run.weights`. aggregation_length: the constant of "constant". mask_truncated:
-    samples that reached the length limit are not trained, but their rewards still count for the advantages of their
-    siblings (overlong filtering). old_policy: what the loss takes for the policy before the batch's first update; see
-    `miles_core.run.objective`."""
+    """`[loss]`, beside the loss's own options. name: of the loss. aggregation: how per-token losses become one
+    number, through `Batch.weights`; see `miles_core.run.weights`. aggregation_length: the constant of "constant".
+    mask_truncated: samples that reached the length limit are not trained, but their rewards still count for the
+    advantages of their siblings (overlong filtering). old_policy: what the loss takes for the policy before the batch's
+    first update; see `miles_core.run.objective`."""
 
     name: str
     aggregation: Aggregation = "token"
@@ -107,8 +111,9 @@ class LossSection:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSection:
-    """`[reward]` or each `[[reward]]`, beside the reward's own options. The sample's reward is the weighted sum.
-    timeout_s: for the samples of one prompt; past it they are marked and counted as failed."""
+    """`[reward]` or each `[[reward]]`, beside the reward's own options. name: of the reward. weight: the sample's
+    reward is the weighted sum. timeout_s: for the samples of one prompt; past it they are marked and counted as
+    failed."""
 
     name: str
     weight: float = 1.0
@@ -121,7 +126,8 @@ class RewardSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSection:
-    """`[engine]`, beside the engine's own options. count: engines; each has `gpus` GPUs, or `threads` CPU threads."""
+    """`[engine]`, beside the engine's own options. name: of the engine. count: how many engines. gpus: GPUs of each.
+    threads: CPU threads of each, without GPUs."""
 
     name: str
     count: int = 1
@@ -135,8 +141,8 @@ class EngineSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSection:
-    """`[trainer]`, beside the trainer's own options. gpus: one rank each; ranks: without GPUs, each on `threads` CPU
-    threads."""
+    """`[trainer]`, beside the trainer's own options. name: of the trainer. gpus: as many ranks, with one GPU each.
+    ranks: without GPUs, how many. threads: CPU threads of each rank, without GPUs."""
 
     name: str
     gpus: int = 0
@@ -157,8 +163,11 @@ class TrainerSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSection:
-    """`[evaluation]`: before the first step, every `every` steps and after the last, on `prompts` prompts of the data
-    source's "eval" split, `samples_per_prompt` each at `temperature`. every = 0 switches it off."""
+    """`[evaluation]`: on held-out prompts, those of the data source's split "eval".
+
+    every: steps between two evaluations; there is also one before the first step and one after each stage. 0 switches
+    evaluation off. prompts: how many, from the first. samples_per_prompt: of each. temperature: of the sampling, 0 is
+    greedy."""
 
     every: int = 0
     prompts: int = 128
@@ -172,7 +181,8 @@ class EvaluationSection:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSection:
-    """`[checkpoint]`: every `every` steps and at the end; 0 means only at the end. keep: newest ones kept."""
+    """`[checkpoint]`: what `miles resume` goes on from. every: steps between two; 0 saves one at the end alone. keep:
+    how many of the newest are kept."""
 
     every: int = 0
     keep: int = 2
@@ -184,8 +194,8 @@ class CheckpointSection:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishSection:
-    """`[publish]`: mode: how engines stop for new weights; see `roles.PauseMode`. sync: the weight sync, which has to
-    be said only where several serve the run's trainer and engine."""
+    """`[publish]`: how new weights reach the engines. mode: how engines stop for them; see `roles.PauseMode`. sync: the
+    weight sync, which has to be said only where several serve the run's trainer and engine."""
 
     mode: PauseMode = "drain"
     sync: str | None = None
@@ -193,8 +203,9 @@ class PublishSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSection:
-    """`[cluster]`: address of a running Ray cluster, or None for one on this machine that lives as long as the run.
-    deadline_s: the longest wait for any process before it is named as late and the run stops."""
+    """`[cluster]`: where the processes run. address: of a running Ray cluster; without one, Ray is started on this
+    machine and lives as long as the run. deadline_s: the longest wait for any process before it is named as late and the
+    run stops."""
 
     address: str | None = None
     deadline_s: float = 600.0
@@ -206,7 +217,7 @@ class ClusterSection:
 
 @dataclass(frozen=True, kw_only=True)
 class PluginsSection:
-    """`[plugins]`: disable: distributions that are not loaded for this run."""
+    """`[plugins]`: which are loaded. disable: distributions that are not, for this run."""
 
     disable: tuple[str, ...] = ()
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class RewardRangeOptions:
-    """Options of the filter `reward-range`: the mean reward of a prompt's samples must lie strictly between them."""
+    """Options of the filter `reward-range`. low, high: what the mean reward of a prompt's samples must lie strictly
+    between."""
 
     low: float = 0.0
     high: float = 1.0

@@ -49,9 +49,9 @@ class GRPOAdvantage:
 class WhitenOptions:
     """Whitening over all trained tokens of the batch.
 
-    variance: divisor n - 1 ("sample": verl, TRL) or n ("population": OpenRLHF, AReaL). eps: added to the "variance"
-    (verl: 1e-8) or to the standard "deviation" (AReaL: 1e-5, TRL: 1e-4); OpenRLHF takes the larger of the variance and
-    1e-8.
+    variance: divisor n - 1 ("sample": verl, TRL) or n ("population": OpenRLHF, AReaL). eps, eps_added_to: what is added
+    to the "variance" (verl: 1e-8) or to the standard "deviation" (AReaL: 1e-5, TRL: 1e-4); OpenRLHF takes the larger of
+    the variance and 1e-8.
     """
 
     variance: Literal["sample", "population"] = "sample"

@@ -10,9 +10,10 @@ from typing import Literal
 class OptimizerOptions:
     """AdamW and its learning-rate schedule.
 
-    learning_rate: the peak. max_grad_norm: gradients are scaled down to this norm; 0 switches clipping off.
-    weight_decay: of matrices; vectors (norms, biases) are never decayed. schedule: from the peak down to
-    `min_ratio * learning_rate` over the stage, after a linear rise over `warmup_steps` optimizer steps.
+    learning_rate: the peak. betas, eps: AdamW's. max_grad_norm: gradients are scaled down to this norm; 0 switches
+    clipping off. weight_decay: of matrices; vectors (norms, biases) are never decayed. schedule, min_ratio: from the
+    peak down to `min_ratio * learning_rate` over the stage, after the warm-up. warmup_steps: optimizer steps of a
+    linear rise.
     """
 
     learning_rate: float = 1e-6
