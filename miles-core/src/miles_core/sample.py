@@ -43,10 +43,14 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those cuts off.
+    """How tokens are drawn.
 
-    Log-probabilities are those of the softmax at `temperature` (at 1 when greedy) before any top-k or top-p cut, which
-    is what the trainer computes too. `stop` strings and `stop_token_ids` end a response and stay in it.
+    temperature: 0 is greedy. top_p: only the most probable tokens with this much probability together; 1 switches it
+    off. top_k: only so many most probable tokens; 0 switches it off. max_new_tokens: of a response. stop: texts that
+    end a response and stay in it. stop_token_ids: tokens that do.
+
+    Log-probabilities are those of the softmax at the temperature (at 1 when greedy) before any top-k or top-p cut,
+    which is what the trainer computes too.
     """
 
     temperature: float = 1.0
