@@ -204,8 +204,8 @@ class PublishSection:
 @dataclass(frozen=True, kw_only=True)
 class ClusterSection:
     """`[cluster]`: where the processes run. address: of a running Ray cluster; without one, Ray is started on this
-    machine and lives as long as the run. deadline_s: the longest wait for any process before it is named as late and the
-    run stops."""
+    machine and lives as long as the run. deadline_s: the longest wait for any process, in seconds; past it the run
+    stops and names who is late."""
 
     address: str | None = None
     deadline_s: float = 600.0
