@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from miles_core.config.schema import LossSection
-from miles_core.roles import AdvantageInputs, CorrectionInputs, LossInputs, Segments
+from miles_core.roles import AdvantageInputs, CorrectionInputs, CriticInputs, LossInputs, Segments
 from miles_core.run.weights import aggregate
 from miles_core.sample import Batch
 
@@ -188,13 +188,20 @@ class Case:
             logprobs=self.logprobs[mask],
             segments=self.segments,
             advantages=self.advantages[mask],
-            returns=self.returns[mask],
             old_logprobs=self.old[mask],
             rollout_logprobs=self.rollout[mask],
             ref_logprobs=self.reference[mask],
-            old_values=self.old_values[mask],
-            values=self.values[mask],
             entropy=self.entropy[mask],
+        )
+
+    def critic_inputs(self) -> CriticInputs:
+        """The trained tokens, packed."""
+        mask = self.mask
+        return CriticInputs(
+            values=self.values[mask],
+            returns=self.returns[mask],
+            old_values=self.old_values[mask],
+            segments=self.segments,
         )
 
     def correction_inputs(self) -> CorrectionInputs:

@@ -119,7 +119,7 @@ def test_critic(areal, make):
     case = make(1)
     columns = [column.detach().to(torch.float32) for column in (case.values, case.old_values, case.returns)]
     theirs, _ = areal.functional.ppo_critic_loss_fn(*columns, 0.3, case.mask)
-    ours = (case.weights("token") * critic(case.loss_inputs(), Critic(value_clip=0.3)).losses).sum()
+    ours = (case.weights("token") * critic(case.critic_inputs(), Critic(value_clip=0.3)).losses).sum()
     torch.testing.assert_close(ours.detach(), theirs.double(), atol=1e-6, rtol=1e-6)
 
 

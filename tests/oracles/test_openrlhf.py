@@ -75,7 +75,7 @@ def test_corrections(openrlhf, make, same, settings, correction, options):
 @pytest.mark.parametrize("clip", [None, 0.3])
 def test_critic(openrlhf, case, same, clip):
     theirs = openrlhf.loss.ValueLoss(clip)(case.values, case.old_values, case.returns, case.mask.double())
-    outputs = critic(case.loss_inputs(), Critic(value_clip=clip))
+    outputs = critic(case.critic_inputs(), Critic(value_clip=clip))
     same((case.weights("token") * outputs.losses).sum(), theirs, case.values)
 
 

@@ -272,7 +272,7 @@ def test_critic(verl, case, same):
     theirs, share = verl.algos.compute_value_loss(
         case.values, case.returns, case.old_values, case.mask.double(), 0.3, "token-mean"
     )
-    outputs = critic(case.loss_inputs(), Critic(value_clip=0.3))
+    outputs = critic(case.critic_inputs(), Critic(value_clip=0.3))
     ours = (case.weights("token") * outputs.losses).sum()
     same(ours, theirs, case.values)
     assert outputs.metrics["value_clip"].mean().item() == pytest.approx(share.item(), abs=1e-6)

@@ -7,7 +7,7 @@ Tensors are torch tensors, but core never imports torch: it only passes them on.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -59,22 +59,33 @@ class LossInputs:
     """What a loss may read; T counts the trained tokens only (mask true), so nothing has to be masked.
 
     logprobs: [T], of the policy being trained, with gradient. The others have none and are None unless the loss's
-    record says it needs them: advantages, returns, old_logprobs (the policy before this batch's first update),
-    rollout_logprobs (the engine's), staleness (versions that lie between these two), ref_logprobs (frozen reference),
-    old values; entropy [T] (with gradient) and values [T] (critic, with gradient).
+    record says it needs them: advantages, old_logprobs (the policy before this batch's first update),
+    rollout_logprobs (the engine's), staleness (versions that lie between these two), ref_logprobs (frozen reference);
+    entropy [T], with gradient.
     """
 
     logprobs: Tensor
     segments: Segments
     advantages: Tensor | None = None
-    returns: Tensor | None = None
     old_logprobs: Tensor | None = None
     rollout_logprobs: Tensor | None = None
     staleness: Tensor | None = None
     ref_logprobs: Tensor | None = None
-    old_values: Tensor | None = None
-    values: Tensor | None = None
     entropy: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticInputs:
+    """What the loss of a critic may read; T as in `LossInputs`.
+
+    values: [T], the critic's, with gradient; returns: [T], what they should be; old_values: [T], what they were before
+    this batch's first update.
+    """
+
+    values: Tensor
+    returns: Tensor
+    old_values: Tensor
+    segments: Segments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +107,12 @@ class Loss(Protocol):
     """A pure function of a record and its options. Runs on every trainer rank, once a micro-batch."""
 
     def __call__(self, inputs: LossInputs, options: Any) -> LossOutputs: ...
+
+
+class CriticLoss(Protocol):
+    """The same for a critic; there are no penalties. Runs on every critic rank, once a micro-batch."""
+
+    def __call__(self, inputs: CriticInputs, options: Any) -> LossOutputs: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,20 +311,24 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStage:
-    """What a trainer does until told otherwise, made by `miles_core.run.objective.train_stage`.
+    """What a trainer or a critic does until told otherwise, made by `miles_core.run.objective`.
 
-    loss: an `Objective`; loss_options: its loss's; needs: token columns it reads. optimizer_steps: for schedules.
-
+    loss: an `Objective`, which is called as a `Loss`, or a `CriticLoss`; loss_options: its loss's, which change with
+    the batch where the run adapts one (`options_for`). needs: token columns it reads. optimizer_steps: for schedules.
     entropy: whether the loss reads it. options: the trainer's options with this stage's overrides.
     """
 
     name: str
-    loss: Loss
+    loss: Callable[[Any, Any], LossOutputs]
     loss_options: Any
     entropy: bool
     needs: frozenset[str]
     optimizer_steps: int
     options: Any
+
+    def options_for(self, batch: Batch) -> Any:
+        """The loss's options for a batch: `loss_options` with what the batch says otherwise."""
+        return replace(self.loss_options, **batch.loss_options) if batch.loss_options else self.loss_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +336,8 @@ class TrainerContext:
     """What a trainer rank is built with. model: a Hugging Face folder; without weights in it they are made from `seed`.
 
     address: "tcp://host:port" for torch.distributed. reference: whether ref_logprobs will be asked for.
-    hooks: calls `TrainerHooks` of the run's callbacks. timeout_s: for every wait on another rank.
+    hooks: calls `TrainerHooks` of the run's callbacks. timeout_s: for every wait on another rank. role: what it trains;
+    a critic that has no ranks of its own is built after the policy's trainer, in the same process.
     """
 
     model: Path
@@ -328,6 +350,7 @@ class TrainerContext:
     reference: bool
     timeout_s: float
     hooks: Any = None
+    role: Literal["policy", "critic"] = "policy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,6 +416,36 @@ class Trainer(Protocol):
         """The policy as a Hugging Face folder with its tokenizer."""
         ...
 
+    def sleep(self) -> None: ...
+    def wake(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Critic(Protocol):
+    """One rank of a critic: the policy's model with a head that gives one number a token instead of logits. Built like
+    a `Trainer`, as `Class(options, context)` with `context.role` "critic", and called like one: every call reaches
+    every rank, metrics come from rank 0. Its methods are those of `Trainer`, but for two.
+
+    A critic without ranks of its own shares each process with a rank of the policy's trainer, and with it the process
+    group, which the trainer has joined before. No two calls of a process overlap.
+    """
+
+    def start(self) -> None: ...
+    def load_pretrained(self, folder: Path) -> None:
+        """Takes over the weights of a Hugging Face folder that the policy's trainer wrote; the head stays."""
+        ...
+
+    def begin(self, stage: TrainStage) -> None: ...
+    def values(self, batch: Batch, step: int) -> NDArray[np.float32] | None:
+        """Token column [N] without gradient, 0 where masked; None on every rank but 0.
+
+        The value of token t is what is expected from there on before t is known: it is read where t is predicted.
+        """
+        ...
+
+    def update(self, batch: Batch, step: int, passes: int) -> Mapping[str, float]: ...
+    def save(self, folder: Path) -> None: ...
+    def restore(self, folder: Path) -> None: ...
     def sleep(self) -> None: ...
     def wake(self) -> None: ...
     def stop(self) -> None: ...

@@ -171,7 +171,8 @@ class Batch:
     int64, scored bool (neither failed nor aborted, so the reward means something), truncated bool, baseline bool,
     weight float64; minibatch int32 once the weights are computed.
     reward_parts: each reward component before weighting, float64 [S]. reward_weights: the weight of each, 1 if absent.
-    temperature: of the sampling; the trainer divides logits by it.
+    temperature: of the sampling; the trainer divides logits by it. loss_options: options of the loss that are others
+    for this batch than for the stage, because the run adapts them.
 
     `weights` is the loss aggregation: the objective of mini-batch m is exactly
     sum(weights * per_token_loss) over the tokens of the samples whose `minibatch` is m.
@@ -183,6 +184,7 @@ class Batch:
     reward_parts: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     reward_weights: Mapping[str, float] = field(default_factory=dict)
     temperature: float = 1.0
+    loss_options: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, column in self.columns.items():

@@ -60,17 +60,21 @@ def _check_columns(spec: Spec, columns: frozenset[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSpec(Spec):
-    """A loss: `ref` is a `roles.Loss`.
+    """A loss: `ref` is a `roles.Loss`, or a `roles.CriticLoss` if it trains a critic.
 
+    trains: a "policy", with or without a critic; an "actor", a policy that is not trained without one; or a "critic".
     needs: token columns it reads. needs_if: column -> the option that, when truthy, makes it needed
-    (`{"ref_logprobs": "kl_coef"}`). entropy_if: the option that, when truthy, makes it read `LossInputs.entropy`, which
-    is computed only then. compares_samples: what it gives a token depends on other samples of the micro-batch, so the
-    result depends on how samples are packed; leave it alone unless a paper asks for it.
+    (`{"ref_logprobs": "kl_coef"}`). kl_coef: the option that weighs the KL divergence to the reference, so that a run
+    can adapt it. entropy_if: the option that, when truthy, makes it read `LossInputs.entropy`, which is computed only
+    then. compares_samples: what it gives a token depends on other samples of the micro-batch, so the result depends on
+    how samples are packed; leave it alone unless a paper asks for it.
     """
 
     kind: ClassVar[str] = "loss"
+    trains: Literal["policy", "actor", "critic"] = "policy"
     needs: frozenset[str] = frozenset()
     needs_if: Mapping[str, str] = field(default_factory=dict)
+    kl_coef: str | None = None
     entropy_if: str | None = None
     compares_samples: bool = False
 
@@ -99,7 +103,7 @@ class CorrectionSpec(Spec):
 class AdvantageSpec(Spec):
     """An advantage estimator: `ref` is a `roles.Advantage`.
 
-    needs, needs_if: token columns beside the mask, as in `LossSpec`. gives: token columns it fills.
+    needs, needs_if: token columns beside the mask, as in `LossSpec`; kl_coef as there. gives: token columns it fills.
     groups: it compares the samples of one prompt, so it needs at least two of them.
     baseline: it reads the rewards of samples that a rollout of the same trait made only to be compared with.
     """
@@ -107,6 +111,7 @@ class AdvantageSpec(Spec):
     kind: ClassVar[str] = "advantage"
     needs: frozenset[str] = frozenset()
     needs_if: Mapping[str, str] = field(default_factory=dict)
+    kl_coef: str | None = None
     gives: frozenset[str] = frozenset({"advantages"})
     groups: bool = False
     baseline: bool = False
@@ -178,19 +183,27 @@ class EngineSpec(Spec):
 class TrainerSpec(Spec):
     """A trainer: `ref` is a `roles.Trainer` class.
 
-    gives: token columns it can compute ("old_logprobs", "ref_logprobs", "values").
+    gives: token columns it can compute ("old_logprobs", "ref_logprobs"). critic: "module:Class" of the `roles.Critic`
+    that gives "values", built with the same options class; None if there is none.
     families: it accepts only architectures of installed model plugins if "listed", any if "any".
-    devices: what it runs on.
+    backend: the framework that a family must describe itself for (`ModelSpec.backends`), None if it needs no such
+    description. devices: what it runs on.
     """
 
     kind: ClassVar[str] = "trainer"
     gives: frozenset[str] = frozenset({"old_logprobs"})
+    critic: str | None = None
     families: Literal["any", "listed"] = "any"
+    backend: str | None = None
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_columns(self, self.gives)
+        if "values" in self.gives:
+            raise ValueError(f"trainer {self.name!r}: values are given by a critic; name its class in `critic`")
+        if self.critic is not None and not _REF.fullmatch(self.critic):
+            raise ValueError(f"trainer {self.name!r}: critic {self.critic!r} is not 'module:attribute'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,11 +229,20 @@ class WeightSyncSpec(Spec):
 class ModelSpec(Spec):
     """A model family: `ref` is a `roles.ModelFamily` class.
 
-    architectures: the names in a Hugging Face config.json that it covers.
+    architectures: the names in a Hugging Face config.json that it covers. backends: training framework ->
+    "module:function" that describes a model of it for that framework, given its config.json as a dictionary; for
+    "megatron" it gives a `miles_core.megatron.MegatronModel`. It imports nothing heavy.
     """
 
     kind: ClassVar[str] = "model"
     architectures: tuple[str, ...]
+    backends: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for backend, ref in self.backends.items():
+            if not _REF.fullmatch(ref):
+                raise ValueError(f"model {self.name!r}: backend {backend!r}: {ref!r} is not 'module:attribute'")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from typing import Any
 
 from miles_core.errors import MissingExtraError, PluginError, UserError
 from miles_core.plugins import CORE, HEAVY, Plugin, one_line, options_of, resolve
-from miles_core.specs import CallbackSpec, CommandSpec, RecipeSpec, Spec, WeightSyncSpec
+from miles_core.specs import CallbackSpec, CommandSpec, RecipeSpec, Spec, TrainerSpec, WeightSyncSpec
 from miles_core.testing.kits import RecordRule, rules_of
 from miles_core.testing.subject import SkippedError, Subject
 from miles_core.watchdog import TimeLimitError, time_limit
@@ -167,8 +167,9 @@ def _reference_faults(record: Spec) -> Iterator[str]:
     if isinstance(record, RecipeSpec):
         yield from _recipe_faults(record)
         return
-    receiver = record.receiver if isinstance(record, WeightSyncSpec) else None
-    for ref in filter(None, (record.ref, receiver, record.example)):
+    other = record.receiver if isinstance(record, WeightSyncSpec) else None
+    other = record.critic if isinstance(record, TrainerSpec) else other
+    for ref in filter(None, (record.ref, other, record.example)):
         try:
             target = resolve(ref)
         except PluginError as error:

@@ -14,6 +14,7 @@ def miles_advantages() -> Iterable[AdvantageSpec]:
         options="miles_ppo.options:GAE",
         needs=frozenset({"values"}),
         needs_if={"old_logprobs": "kl_coef", "ref_logprobs": "kl_coef"},
+        kl_coef="kl_coef",
         gives=frozenset({"advantages", "returns"}),
         summary="Generalised advantage estimation from a critic's values, whitened over the batch",
     )
@@ -24,17 +25,20 @@ def miles_losses() -> Iterable[LossSpec]:
     """Losses of a policy and its critic."""
     yield LossSpec(
         name="ppo",
-        ref="miles_ppo.loss:ppo",
-        options="miles_ppo.options:PPO",
-        needs=frozenset({"advantages", "old_logprobs", "returns", "values"}),
+        ref="miles_grpo.loss.clipped:clipped",
+        options="miles_grpo.options:ClippedLoss",
+        trains="actor",
+        needs=frozenset({"advantages", "old_logprobs"}),
         needs_if={"ref_logprobs": "kl_coef"},
+        kl_coef="kl_coef",
         entropy_if="entropy_coef",
-        summary="Clipped surrogate of the policy plus the clipped squared error of its critic",
+        summary="Clipped surrogate of a policy beside a critic",
     )
     yield LossSpec(
         name="critic",
         ref="miles_ppo.loss:critic",
         options="miles_ppo.options:Critic",
+        trains="critic",
         needs=frozenset({"returns", "values"}),
-        summary="Clipped squared error of the critic alone",
+        summary="Clipped squared error of the critic",
     )

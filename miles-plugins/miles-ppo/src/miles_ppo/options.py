@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from miles_grpo.options import ClippedLoss, WhitenOptions
+from miles_grpo.options import WhitenOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +42,3 @@ class Critic:
     def __post_init__(self) -> None:
         if self.value_clip is not None and not self.value_clip > 0:
             raise ValueError(f"value_clip must be positive, got {self.value_clip}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PPO(ClippedLoss, Critic):
-    """value_coef: weight of the critic's loss beside the policy's."""
-
-    value_coef: float = 0.5
-
-    def __post_init__(self) -> None:
-        ClippedLoss.__post_init__(self)
-        Critic.__post_init__(self)
-        if not self.value_coef >= 0:
-            raise ValueError(f"value_coef must not be negative, got {self.value_coef}")

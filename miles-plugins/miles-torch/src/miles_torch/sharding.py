@@ -30,7 +30,12 @@ def device_of(context: TrainerContext) -> torch.device:
 
 
 def join(context: TrainerContext) -> None:
-    """Builds the default process group of the trainer's ranks; raises after the time limit if one stays away."""
+    """Builds the default process group of the trainer's ranks; raises after the time limit if one stays away.
+
+    A critic that shares the policy's ranks finds it there already.
+    """
+    if dist.is_initialized():
+        return
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if context.gpus else "gloo",
         init_method=context.address,

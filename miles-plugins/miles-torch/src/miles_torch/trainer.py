@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,28 +37,23 @@ from miles_torch.model import MicroBatch, Policy, checkpoint_activations, load, 
 from miles_torch.options import TrainerOptions
 from miles_torch.packing import Packed, describe, plan
 
-_FIELDS = {
-    "advantages": "advantages",
-    "returns": "returns",
-    "old_logprobs": "old_logprobs",
-    "rollout_logprobs": "rollout_logprobs",
-    "staleness": "staleness",
-    "ref_logprobs": "ref_logprobs",
-    "values": "old_values",
-}
-"""Batch column -> field of `LossInputs`."""
+_COLUMNS = frozenset({"advantages", "old_logprobs", "rollout_logprobs", "staleness", "ref_logprobs"})
+"""Batch columns that are fields of `LossInputs`."""
 
 
 class _Forward(NamedTuple):
-    """What a micro-batch gave, kept until it is known that all is finite. logprobs, losses: [T]."""
+    """What a micro-batch gave, kept until it is known that all is finite. predicted: log-probabilities; both [T]."""
 
     packed: Packed
-    logprobs: Tensor
+    predicted: Tensor
     losses: Tensor
 
 
 class TorchTrainer:
     """One rank. See `miles_core.roles.Trainer`."""
+
+    predicts = "log-probability"
+    """What its network gives of a token, in words."""
 
     def __init__(self, options: TrainerOptions, context: TrainerContext) -> None:
         self.options, self.context = options, context
@@ -77,7 +72,7 @@ class TorchTrainer:
         if sharded:
             sharding.join(context)
         model = load(context.model, context.seed)
-        self._policy = Policy(model)
+        self._policy = self._network(model)
         if context.hooks is not None:
             context.hooks.model_built(context=context, model=model)
         if context.reference:
@@ -90,6 +85,10 @@ class TorchTrainer:
             if sharded:
                 sharding.shard(policy, options.dtype, self._device)
             policy.to(self._device)
+
+    def _network(self, model: Any) -> Policy:
+        """What is trained, of the causal language model."""
+        return Policy(model)
 
     def begin(self, stage: TrainStage) -> None:
         """A new optimizer and schedule; the reference becomes a copy of the weights as they are now."""
@@ -138,17 +137,21 @@ class TorchTrainer:
         assert policy is not None, "the run was planned without a reference"
         if context.hooks is not None:
             context.hooks.before_logprobs(context=context, step=step, model=policy.model)
+        return self._predicted(policy, batch)
+
+    def _predicted(self, network: Policy, batch: Batch) -> NDArray[np.float32] | None:
+        """Token column [N] of what a network gives, without gradient, on rank 0."""
         column = torch.zeros(batch.tokens_total)
         with torch.no_grad():
             for samples in _minibatches(batch):
                 for packed in self._plan(batch, samples):
-                    logprobs, _ = policy(self._micro(packed), _temperature(batch))
+                    predicted, _ = network(self._micro(packed), _temperature(batch))
                     if not packed.dummy:
-                        column[torch.from_numpy(packed.rows)] = logprobs.cpu()
-        sharding.reshard(policy)
-        if context.world_size > 1:
+                        column[torch.from_numpy(packed.rows)] = predicted.cpu()
+        sharding.reshard(network)
+        if self.context.world_size > 1:
             dist.reduce(column, dst=0)
-        return column.numpy() if context.rank == 0 else None
+        return column.numpy() if self.context.rank == 0 else None
 
     def update(self, batch: Batch, step: int, passes: int) -> Mapping[str, float]:
         """See `miles_core.roles.Trainer.update`.
@@ -209,10 +212,13 @@ class TorchTrainer:
             raise RunError(fault)
 
     def _forward_backward(self, batch: Batch, packed: Packed, sums: Sums, *, first: bool) -> _Forward:
-        micro = self._micro(packed)
         with filler(packed.dummy):
-            logprobs, entropy = self._policy(micro, _temperature(batch), self._stage.entropy)
-        outputs = self._loss(batch, micro, logprobs, entropy)
+            predicted, outputs = self._forward(batch, self._micro(packed), sums, first=first)
+        if outputs.losses.shape != predicted.shape:
+            raise RunError(
+                f"the loss gave {tuple(outputs.losses.shape)} values for {len(predicted)} trained tokens; "
+                "it must give one per token and average nothing."
+            )
         weighted = outputs.losses * self._column(batch, "weights", packed)
         objective = weighted.sum()
         (objective * 0.0 if packed.dummy else objective).backward()  # type: ignore[no-untyped-call]
@@ -220,38 +226,52 @@ class TorchTrainer:
         sums.add("loss", weighted, count=counts)
         for name, values in outputs.metrics.items():
             sums.add(name, values, count=counts)
+        return _Forward(packed, predicted.detach(), outputs.losses.detach())
+
+    def _forward(self, batch: Batch, micro: MicroBatch, sums: Sums, *, first: bool) -> tuple[Tensor, LossOutputs]:
+        """What the network predicts, [T], and the loss of that. Adds metrics that are not the loss's own."""
+        packed = micro.packed
+        logprobs, entropy = self._policy(micro, _temperature(batch), self._stage.entropy)
         if entropy is not None:
-            sums.add("entropy", entropy, count=counts)
+            sums.add("entropy", entropy, count=not packed.dummy)
         if first:
             rollout = self._column(batch, "rollout_logprobs", packed)
             generated = torch.from_numpy(batch["versions"][packed.rows] >= 0).to(self._device)
             for name, values in mismatch(logprobs.detach()[generated], rollout[generated]).items():
-                sums.add(name, values, count=counts)
-        return _Forward(packed, logprobs.detach(), outputs.losses.detach())
+                sums.add(name, values, count=not packed.dummy)
+        return logprobs, self._loss(batch, micro, logprobs, entropy)
 
     def _not_finite(self, batch: Batch, forwards: Sequence[_Forward]) -> str:
         """What to say of a loss that is not finite: where it first is not, on the first rank that has such a token."""
-        found = [next(filter(None, (_first_not_finite(batch, forward) for forward in forwards)), None)]
+        found = [next(filter(None, (self._first_not_finite(batch, forward) for forward in forwards)), None)]
         if self.context.world_size > 1:
             own, found = found[0], [None] * self.context.world_size
             dist.all_gather_object(found, own)
         where = next(filter(None, found), "the weights times the losses overflow")
         return f"{where}; the loss is not finite and the step was not taken."
 
+    def _first_not_finite(self, batch: Batch, forward: _Forward) -> str | None:
+        """Names the first trained token of a micro-batch at which something is not finite."""
+        bad = torch.nonzero(~(torch.isfinite(forward.predicted) & torch.isfinite(forward.losses)))
+        if not len(bad):
+            return None
+        place = int(bad[0])
+        row = int(forward.packed.rows[place])
+        sample = int(np.searchsorted(batch.cu_seqlens, row, side="right")) - 1
+        token = row - int(batch.cu_seqlens[sample])
+        return (
+            f"sample {describe(batch, sample)}, token {token} (id {int(forward.packed.targets[place])}): "
+            f"{self.predicts} {forward.predicted[place].item():g}, loss {forward.losses[place].item():g}"
+        )
+
     def _loss(self, batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy: Tensor | None) -> LossOutputs:
-        needs = self._stage.needs & _FIELDS.keys()
-        columns = {_FIELDS[name]: self._column(batch, name, micro.packed) for name in needs if name in batch}
+        needs = self._stage.needs & _COLUMNS
+        columns = {name: self._column(batch, name, micro.packed) for name in needs if name in batch}
         if "old_logprobs" in needs and "old_logprobs" not in batch:
             columns["old_logprobs"] = logprobs.detach()
         segments = Segments(ids=micro.segments, count=micro.packed.samples)
         inputs = LossInputs(logprobs=logprobs, segments=segments, entropy=entropy, **columns)
-        outputs = self._stage.loss(inputs, self._stage.loss_options)
-        if outputs.losses.shape != logprobs.shape:
-            raise RunError(
-                f"the loss gave {tuple(outputs.losses.shape)} values for {len(logprobs)} trained tokens; "
-                "it must give one per token and average nothing."
-            )
-        return outputs
+        return self._stage.loss(inputs, self._stage.options_for(batch))
 
     def _clip(self, limit: float) -> float:
         """Scales the gradients down to the norm `limit` (0: leaves them) and returns the norm that they had. Gradients
@@ -361,18 +381,3 @@ def _minibatches(batch: Batch) -> list[list[int]]:
 def _temperature(batch: Batch) -> float:
     """Greedy sampling reports log-probabilities at temperature 1."""
     return batch.temperature or 1.0
-
-
-def _first_not_finite(batch: Batch, forward: _Forward) -> str | None:
-    """Names the first trained token of a micro-batch at which something is not finite."""
-    bad = torch.nonzero(~(torch.isfinite(forward.logprobs) & torch.isfinite(forward.losses)))
-    if not len(bad):
-        return None
-    place = int(bad[0])
-    row = int(forward.packed.rows[place])
-    sample = int(np.searchsorted(batch.cu_seqlens, row, side="right")) - 1
-    token = row - int(batch.cu_seqlens[sample])
-    return (
-        f"sample {describe(batch, sample)}, token {token} (id {int(forward.packed.targets[place])}): "
-        f"log-probability {forward.logprobs[place].item():g}, loss {forward.losses[place].item():g}"
-    )

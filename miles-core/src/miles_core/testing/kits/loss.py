@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from miles_core.roles import LossInputs, LossOutputs, Segments
+from miles_core.roles import CriticInputs, LossInputs, LossOutputs, Segments
 from miles_core.specs import TOKEN_COLUMNS, LossSpec
 from miles_core.testing.kits.tokens import (
     LENGTHS,
@@ -23,13 +23,18 @@ from miles_core.testing.subject import Subject, skip
 if TYPE_CHECKING:
     from torch import Tensor
 
-FIELDS: Mapping[str, tuple[str, ...]] = {
-    **{field.name: (field.name,) for field in fields(LossInputs) if field.name in TOKEN_COLUMNS},
-    "values": ("old_values", "values"),
-}
-"""Token column -> the fields of `LossInputs` that it becomes."""
+Inputs = LossInputs | CriticInputs
+
+OF_POLICY: Mapping[str, str] = {field.name: field.name for field in fields(LossInputs) if field.name in TOKEN_COLUMNS}
+OF_CRITIC: Mapping[str, str] = {"returns": "returns", "values": "old_values"}
+"""Token column -> the field of `LossInputs` or `CriticInputs` that it becomes."""
 
 WITH_GRADIENT = ("logprobs", "values", "entropy")
+
+
+def _columns(spec: LossSpec) -> Mapping[str, str]:
+    """The token columns that a loss can read, and the fields that they become."""
+    return OF_CRITIC if spec.trains == "critic" else OF_POLICY
 
 
 def gives_a_finite_loss_for_each_token(subject: Subject[LossSpec]) -> Iterator[str]:
@@ -42,6 +47,8 @@ def gives_a_finite_loss_for_each_token(subject: Subject[LossSpec]) -> Iterator[s
         for name, values in parts.items():
             yield from (f"{label}: {name} {fault}" for fault in _value_faults(values, int(tokens.mask.sum())))
         yield from (f"metric {name} has a gradient" for name, item in outputs.metrics.items() if item.requires_grad)
+        if subject.spec.trains == "critic" and outputs.penalties is not None:
+            yield "it gives penalties, which a critic has none of"
 
 
 def _cases() -> Iterable[tuple[str, Tokens]]:
@@ -105,14 +112,14 @@ def _skip_if_samples_are_compared(subject: Subject[LossSpec]) -> None:
 
 def needs_exactly_what_it_reads(subject: Subject[LossSpec]) -> Iterator[str]:
     """Every column that the record says it needs is read, and no other one makes a difference."""
-    spec, tokens = subject.spec, make_tokens()
-    for column in sorted((spec.needs | frozenset(spec.needs_if)) - FIELDS.keys()):
-        yield f"it needs {column}, which no loss can read"
-    everything = frozenset(FIELDS) | {"entropy"}
+    spec, tokens, known = subject.spec, make_tokens(), _columns(subject.spec)
+    for column in sorted((spec.needs | frozenset(spec.needs_if)) - known.keys()):
+        yield f"it needs {column}, which no such loss can read"
+    everything = frozenset(known) | {"entropy"}
     for label, changes, needed in _configurations(subject):
         declared, read = _spied(subject, tokens, needed, changes)
         for column in sorted(needed & everything):
-            if not read & {*FIELDS.get(column, (column,))}:
+            if known.get(column, column) not in read:
                 yield f"{label}, it needs {column} and does not read it"
         given, _ = _spied(subject, tokens, everything, changes)
         if not _same(declared, given):
@@ -147,16 +154,15 @@ def _spied(
 ) -> tuple[LossOutputs, set[str]]:
     """What the loss gives, and the fields that it has read."""
     read: set[str] = set()
-    names = {field.name for field in fields(LossInputs)}
+    given = _inputs(subject, tokens, range(len(LENGTHS)), columns)
+    names = {field.name for field in fields(given)}
 
-    class Spy(LossInputs):
+    class Spy(type(given)):  # type: ignore[misc]
         def __getattribute__(self, name: str) -> Any:
             if name in names:
                 read.add(name)
             return super().__getattribute__(name)
 
-    samples = range(len(LENGTHS))
-    given = _inputs(tokens, samples, columns)
     spy = Spy(**{name: getattr(given, name) for name in names})
     return subject.target(spy, subject.options(**changes)), read
 
@@ -171,7 +177,7 @@ def _same(left: LossOutputs, right: LossOutputs) -> bool:
 
 def is_a_pure_function(subject: Subject[LossSpec]) -> Iterator[str]:
     """The same inputs give the same losses, and are not changed."""
-    inputs = _inputs(make_tokens(), range(len(LENGTHS)), _needed(subject, {}))
+    inputs = _inputs(subject, make_tokens(), range(len(LENGTHS)), _needed(subject, {}))
     given = {field.name: getattr(inputs, field.name) for field in fields(inputs) if field.name != "segments"}
     before = {name: tensor.clone() for name, tensor in given.items() if tensor is not None}
     first, second = (_outputs(subject, inputs) for _ in range(2))
@@ -183,18 +189,21 @@ def is_a_pure_function(subject: Subject[LossSpec]) -> Iterator[str]:
 # ---- Calling a loss -------------------------------------------------------------------------------------------------
 
 
-def _inputs(tokens: Tokens, samples: Any, columns: frozenset[str]) -> LossInputs:
-    rows = tokens.rows(samples)
-    names = {"logprobs"} | {field for column in columns for field in FIELDS.get(column, (column,))}
-    given = {name: tokens.columns[name][rows] for name in names & tokens.columns.keys()}
-    return LossInputs(segments=tokens.segments(samples), **given)
+def _inputs(subject: Subject[LossSpec], tokens: Tokens, samples: Any, columns: frozenset[str]) -> Inputs:
+    """A critic's loss gets all of its three columns, whatever its record says."""
+    rows, segments = tokens.rows(samples), tokens.segments(samples)
+    if subject.spec.trains == "critic":
+        whole = ("values", "returns", "old_values")
+        return CriticInputs(segments=segments, **{name: tokens.columns[name][rows] for name in whole})
+    names = {"logprobs"} | {OF_POLICY.get(column, column) for column in columns}
+    return LossInputs(segments=segments, **{name: tokens.columns[name][rows] for name in names & tokens.columns.keys()})
 
 
 def _call(subject: Subject[LossSpec], tokens: Tokens, samples: Any) -> LossOutputs:
-    return _outputs(subject, _inputs(tokens, samples, _needed(subject, {})))
+    return _outputs(subject, _inputs(subject, tokens, samples, _needed(subject, {})))
 
 
-def _outputs(subject: Subject[LossSpec], inputs: LossInputs) -> LossOutputs:
+def _outputs(subject: Subject[LossSpec], inputs: Inputs) -> LossOutputs:
     outputs = subject.target(inputs, subject.options())
     if not isinstance(outputs, LossOutputs):
         raise TypeError(f"it gave a {type(outputs).__name__}; it must give LossOutputs")
@@ -230,15 +239,16 @@ def _objective(subject: Subject[LossSpec], tokens: Tokens, parts: Any) -> Object
 
 
 def _on_two_ranks(subject: Subject[LossSpec], tokens: Tokens) -> Objective:
-    tokens, columns = _leaves(tokens), _needed(subject, {})
+    tokens = _leaves(tokens)
     options, split = subject.options(), halves(tokens)
-    whole = _inputs(tokens, range(len(LENGTHS)), columns)
-    given = {field.name for field in fields(LossInputs) if getattr(whole, field.name) is not None} - {"segments"}
+    whole = _inputs(subject, tokens, range(len(LENGTHS)), _needed(subject, {}))
+    given = {field.name for field in fields(whole) if getattr(whole, field.name) is not None} - {"segments"}
 
     def rank(number: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         rows, ids = split[number]
         segments = Segments(ids=ids, count=len(LENGTHS), reduce=reduce)
-        inputs = LossInputs(segments=segments, **{name: tokens.columns[name][rows] for name in given})
+        columns: dict[str, Any] = {name: tokens.columns[name][rows] for name in given}
+        inputs = replace(whole, segments=segments, **columns)
         return _total(subject.target(inputs, options), tokens.weights[rows])
 
     first, second = TwoRanks().run(rank)

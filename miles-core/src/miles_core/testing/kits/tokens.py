@@ -35,7 +35,7 @@ LATE_S = 20.0
 
 @dataclass(frozen=True)
 class Tokens:
-    """Columns [N] by their names in `LossInputs`; weights [N]; mask, sample [N] as numpy arrays."""
+    """Columns [N] by their names in `LossInputs` and `CriticInputs`; weights [N]; mask, sample [N] as numpy arrays."""
 
     columns: Mapping[str, Tensor]
     weights: Tensor
