@@ -174,7 +174,7 @@ def packed_attention(
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if isinstance(packed_layout, Ragged):
         return _ragged_attention(queries, keys, values, packed_layout, scaling)[None], None
-    return _padded_attention(queries, keys, values, packed_layout, scaling)[None], None
+    return padded_attention(queries, keys, values, packed_layout, scaling)[None], None
 
 
 def _ragged_attention(queries: Tensor, keys: Tensor, values: Tensor, layout: Ragged, scale: float | None) -> Tensor:
@@ -198,7 +198,7 @@ def _ragged_attention(queries: Tensor, keys: Tensor, values: Tensor, layout: Rag
     return output
 
 
-def _padded_attention(queries: Tensor, keys: Tensor, values: Tensor, layout: Padded, scale: float | None) -> Tensor:
+def padded_attention(queries: Tensor, keys: Tensor, values: Tensor, layout: Padded, scale: float | None) -> Tensor:
     """[N, heads, dim] and [N, key heads, dim] -> [N, heads, dim]."""
     outputs = []
     for block in layout.blocks:

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.logging import disable_progress_bar
 
 from miles_core.errors import UserError
 from miles_core.sample import Batch
 from miles_torch import attention_packed
+from miles_torch.fused_training import FusedTraining
 from miles_torch.logprobs import token_logprobs
 from miles_torch.packing import Packed, plan
 
@@ -120,7 +122,8 @@ class Policy(nn.Module):
 
     packed: samples run end to end in one row and share their prompts, which needs plain causal attention through
     transformers' attention interface; otherwise they run as rows padded at the end, which any causal model can do.
-    Which of them gives the right numbers is found out by trying. Raises `UserError` if neither does.
+    On a CPU, common models run packed by a lean forward. Which of them gives the right numbers is found out by trying.
+    Raises `UserError` if none does.
     """
 
     def __init__(self, model: Any) -> None:
@@ -128,6 +131,10 @@ class Policy(nn.Module):
         self.model = model
         native = model.config._attn_implementation
         self.packed = True
+        self._fused = FusedTraining.of(model)
+        if self._fused is not None and self._try(native) is None:
+            return
+        self._fused = None
         refusal = self._try(native)
         if refusal is None:
             return
@@ -142,7 +149,6 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities of the trained tokens and, if asked for, entropies, float32 [T]."""
         hidden, kind = self._packed(micro) if self.packed else self._padded(micro)
-        hidden = hidden[micro.sources]
         head = partial(self._head, kind, temperature, entropy)
         rows = max(1, LOGITS_LIMIT // self.model.config.get_text_config().vocab_size)
         if len(hidden) <= rows:
@@ -154,18 +160,21 @@ class Policy(nn.Module):
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]) if entropy else None
 
     def _packed(self, micro: MicroBatch) -> tuple[Tensor, type]:
-        """Hidden states of the packed row, [N, D], and the type of the body's output."""
+        """Hidden states that predict the trained tokens, [T, D], and the type of the body's output."""
+        if self._fused is not None and self._fused.untouched():
+            assert isinstance(micro.layout, attention_packed.Padded)
+            return self._fused(micro.tokens[0], micro.positions[0], micro.layout, micro.sources), BaseModelOutputWithPast
         output = self.model.base_model(
             input_ids=micro.tokens, position_ids=micro.positions, use_cache=False, packed_layout=micro.layout
         )
-        return output.last_hidden_state[0], type(output)
+        return output.last_hidden_state[0, micro.sources], type(output)
 
     def _padded(self, micro: MicroBatch) -> tuple[Tensor, type]:
         """The same from rows padded at the end; as the model is causal, the padding needs no mask."""
         assert isinstance(micro.layout, attention_packed.Padded)
         outputs = [self.model.base_model(input_ids=micro.tokens[0, block.queries]) for block in micro.layout.blocks]
         hidden = torch.cat([output.last_hidden_state.flatten(0, 1) for output in outputs])
-        return hidden[micro.layout.scatter], type(outputs[0])
+        return hidden[micro.layout.scatter[micro.sources]], type(outputs[0])
 
     def _head(
         self, kind: type, temperature: float, entropy: bool, hidden: Tensor, targets: Tensor
