@@ -147,12 +147,34 @@ def miles_rollouts() -> Iterable[RolloutSpec]:
     )
 
 
+_RECIPES = {
+    "arithmetic": "A small new model learns to add: supervised warm-up, then GRPO; on a laptop, in minutes",
+    "arithmetic-dr-grpo": "The same by Dr. GRPO: nothing divides by deviation or length",
+    "arithmetic-dapo": "The same by DAPO: clip-higher, dynamic sampling, and a price on long answers",
+    "arithmetic-gspo": "The same by GSPO: ratios of whole sequences",
+    "arithmetic-cispo": "The same by CISPO: bounded weights, a gradient for every token",
+    "arithmetic-sapo": "The same by SAPO: a soft gate in the place of the clip",
+    "arithmetic-gmpo": "The same by GMPO: the geometric mean of the tokens' ratios",
+    "arithmetic-clip-cov": "The same by Clip-Cov: tokens that cost entropy are left out",
+    "arithmetic-kl-cov": "The same by KL-Cov: tokens that cost entropy are held back",
+    "arithmetic-dppo": "The same by DPPO: a trust region in total variation",
+    "arithmetic-reinforce++": "The same by REINFORCE++: one sample a prompt, whitened over the batch",
+    "arithmetic-reinforce++-baseline": "The same by REINFORCE++ with the prompt's mean as baseline",
+    "arithmetic-rloo": "The same by RLOO: the prompt's other samples as baseline",
+    "arithmetic-remax": "The same by ReMax: the greedy response as baseline",
+    "arithmetic-opo": "The same by OPO: a baseline weighted by length",
+    "arithmetic-gdpo": "The same with two rewards, each normalised by itself",
+    "arithmetic-decoupled": "The same by decoupled PPO, on samples up to four versions old",
+}
+
+
 @hookimpl
 def miles_recipes() -> Iterable[RecipeSpec]:
     """Run files that need nothing but a laptop."""
-    yield RecipeSpec(
-        name="arithmetic",
-        ref="miles_grpo:recipes/arithmetic.toml",
-        requires=("miles-torch", "miles-sft", "miles-rewards", "miles-qwen", "miles-trackers"),
-        summary="A small new model learns to add: supervised warm-up, then GRPO; on a laptop, in minutes",
-    )
+    for name, summary in _RECIPES.items():
+        yield RecipeSpec(
+            name=name,
+            ref=f"miles_grpo:recipes/{name.replace('++', '-plus-plus')}.toml",
+            requires=("miles-torch", "miles-sft", "miles-rewards", "miles-qwen", "miles-trackers"),
+            summary=summary,
+        )
