@@ -25,7 +25,7 @@ from miles_core.specs import (
 )
 
 if TYPE_CHECKING:
-    from miles_core.sample import Batch, Completion, Group, Prompt, Request, Sample, Sampling
+    from miles_core.sample import Batch, Completion, Group, Prompt, Request, Sample, Sampling, ScoreRequest, Scores
 
 __version__ = "0.1.0"
 PLUGIN_API = 1
@@ -52,6 +52,8 @@ __all__ = [
     "RolloutSpec",
     "Sample",
     "Sampling",
+    "ScoreRequest",
+    "Scores",
     "TrackerSpec",
     "TrainerSpec",
     "WeightSyncSpec",

@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from miles_core.sample import Batch, Completion, Group, IntArray, Prompt, Request, Sample, Sampling
+from miles_core.sample import (
+    Batch,
+    Completion,
+    Group,
+    IntArray,
+    Prompt,
+    Request,
+    Sample,
+    Sampling,
+    ScoreRequest,
+    Scores,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,12 +67,14 @@ class Segments:
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """What a loss may read; T counts the trained tokens only (mask true), so nothing has to be masked.
+    """What a loss may read; T counts the trained tokens only (mask true), so nothing has to be masked. K: the
+    teacher's likeliest tokens at each place, as many as the loss asks for.
 
     logprobs: [T], of the policy being trained, with gradient. The others have none and are None unless the loss's
     record says it needs them: advantages, old_logprobs (the policy before this batch's first update),
-    rollout_logprobs (the engine's), staleness (versions that lie between these two), ref_logprobs (frozen reference);
-    entropy [T], with gradient.
+    rollout_logprobs (the engine's), staleness (versions that lie between these two), ref_logprobs (frozen reference),
+    teacher_logprobs; entropy [T], with gradient; teacher_top_logprobs [T, K], the teacher's of its likeliest tokens,
+    the likeliest first, and top_logprobs [T, K], the policy's of the same tokens, with gradient.
     """
 
     logprobs: Tensor
@@ -71,6 +84,9 @@ class LossInputs:
     rollout_logprobs: Tensor | None = None
     staleness: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
+    teacher_top_logprobs: Tensor | None = None
+    top_logprobs: Tensor | None = None
     entropy: Tensor | None = None
 
 
@@ -257,6 +273,7 @@ class Rollout(Protocol):
 class EngineContext:
     """What an engine is built with. model: a Hugging Face folder (config and tokenizer; weights are published).
 
+    frozen: its weights are those in the folder, and nobody will publish any: it is ready after `start`.
     index: which of the run's engines it is; max_tokens: longest prompt plus response; threads: CPU threads it may use;
     hooks: calls `RolloutHooks` of the run's callbacks.
     """
@@ -270,6 +287,7 @@ class EngineContext:
     seed: int
     folder: Path
     hooks: Any = None
+    frozen: bool = False
 
 
 class Engine(Protocol):
@@ -307,6 +325,14 @@ class Engine(Protocol):
     async def sleep(self) -> None: ...
     async def wake(self) -> None: ...
     async def stop(self) -> None: ...
+
+
+class ScoringEngine(Engine, Protocol):
+    """An engine with the feature "scores": it also says how likely given tokens are."""
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
+        """One answer a request, in order. A request's numbers do not depend on what else the engine does meanwhile."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -500,17 +526,30 @@ class ModelFamily(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What a driver callback and a tracker know of the run."""
+    """What a driver callback and a tracker know of the run.
+
+    steps: of all stages. resumed: the step of the checkpoint that it goes on from; None if it begins, with `miles train`
+    or with a `miles resume` that found no checkpoint.
+    """
 
     name: str
     folder: Path
     config: Mapping[str, Any]
     steps: int
+    resumed: int | None = None
 
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Where metrics go, built as `Class(options, run)`. Runs in the driver."""
+    """Where metrics go, built as `Class(options, run)`. Runs in the driver.
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def finish(self) -> None: ...
+    Where `run.resumed` is a step, all later ones are done again, and must not be there twice.
+    """
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of a step, in the order of steps; an evaluation's follow those of its step."""
+        ...
+
+    def finish(self) -> None:
+        """The run is over: finished, failed or interrupted. After a crash, nobody calls it."""
+        ...

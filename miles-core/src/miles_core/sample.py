@@ -150,6 +150,41 @@ class Sample:
         return int(made.min()) if len(made) else -1
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest:
+    """A call for log-probabilities of given tokens.
+
+    tokens: int32 [L]. first: place of the first token that is scored, at least 1, since nothing comes before token 0.
+    top_k: how many of the likeliest tokens are wanted at each place. temperature: as in `Sampling`, but not 0.
+    """
+
+    tokens: IntArray
+    first: int = 1
+    top_k: int = 0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.first <= len(self.tokens):
+            raise ValueError(f"first must be between 1 and the {len(self.tokens)} tokens, got {self.first}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must not be negative, got {self.top_k}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a model thinks of the tokens of a `ScoreRequest`, from place `first` on; with R = L - first and K = top_k:
+
+    logprobs: float32 [R], of each token given those before it. top_tokens: int32 [R, K], the likeliest tokens in its
+    place, the likeliest first; top_logprobs: float32 [R, K], theirs.
+    """
+
+    logprobs: FloatArray
+    top_tokens: IntArray
+    top_logprobs: FloatArray
+
+
 Group = list[Sample]
 """The samples of one prompt, in order of `index`."""
 
@@ -166,7 +201,9 @@ class Batch:
     cu_seqlens: int64 [S + 1]; sample s is tokens cu_seqlens[s] to cu_seqlens[s + 1], its prompt first.
     columns: token columns [T], named in `TOKEN_COLUMNS`: tokens int32, mask bool, rollout_logprobs float32,
     versions int32 always; weights, advantages, returns, old_logprobs, ref_logprobs, values float64 or float32 once
-    computed; staleness float32, the versions that a generated token lags behind, where a loss reads it.
+    computed; staleness float32, the versions that a generated token lags behind, where a loss reads it;
+    teacher_logprobs float32, and teacher_top_tokens int32 and teacher_top_logprobs float32, both [T, K], the K tokens
+    that the teacher finds likeliest in a token's place, where something reads them.
     samples: per-sample columns [S], named in `SAMPLE_COLUMNS`: reward float64, group int64, index int32, prompt_length
     int64, scored bool (neither failed nor aborted, so the reward means something), truncated bool, baseline bool,
     weight float64; minibatch int32 once the weights are computed.

@@ -15,6 +15,7 @@ TOKEN_COLUMNS = frozenset(
     {
         "tokens", "mask", "rollout_logprobs", "versions", "weights", "advantages", "returns",
         "old_logprobs", "ref_logprobs", "values", "staleness",
+        "teacher_logprobs", "teacher_top_tokens", "teacher_top_logprobs",
     }
 )  # fmt: skip
 """Names of the per-token columns that a batch may have, so what a loss or an advantage may need."""
@@ -67,7 +68,8 @@ class LossSpec(Spec):
     (`{"ref_logprobs": "kl_coef"}`). kl_coef: the option that weighs the KL divergence to the reference, so that a run
     can adapt it. entropy_if: the option that, when truthy, makes it read `LossInputs.entropy`, which is computed only
     then. compares_samples: what it gives a token depends on other samples of the micro-batch, so the result depends on
-    how samples are packed; leave it alone unless a paper asks for it.
+    how samples are packed; leave it alone unless a paper asks for it. top_k: the option that says how many of the
+    teacher's likeliest tokens it reads, if it needs them ("teacher_top_tokens").
     """
 
     kind: ClassVar[str] = "loss"
@@ -77,10 +79,13 @@ class LossSpec(Spec):
     kl_coef: str | None = None
     entropy_if: str | None = None
     compares_samples: bool = False
+    top_k: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_columns(self, self.needs | frozenset(self.needs_if))
+        if ("teacher_top_tokens" in self.needs) != (self.top_k is not None):
+            raise ValueError(f"loss {self.name!r}: the column teacher_top_tokens and the trait top_k go together")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +111,7 @@ class AdvantageSpec(Spec):
     needs, needs_if: token columns beside the mask, as in `LossSpec`; kl_coef as there. gives: token columns it fills.
     groups: it compares the samples of one prompt, so it needs at least two of them.
     baseline: it reads the rewards of samples that a rollout of the same trait made only to be compared with.
+    rewards_if: the option that, when truthy, makes it read rewards; without one it always does.
     """
 
     kind: ClassVar[str] = "advantage"
@@ -115,6 +121,7 @@ class AdvantageSpec(Spec):
     gives: frozenset[str] = frozenset({"advantages"})
     groups: bool = False
     baseline: bool = False
+    rewards_if: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,8 +176,9 @@ class DataSourceSpec(Spec):
 class EngineSpec(Spec):
     """An inference engine: `ref` is a `roles.Engine` class.
 
-    features: what else it can do, such as "seeds" (the same seed gives the same completion) or "routed-experts".
-    pause_modes: the ways it can stop for new weights. devices: what it runs on.
+    features: what else it can do: "seeds" (the same seed gives the same completion), "routed-experts", "scores" (it is
+    a `roles.ScoringEngine`, so it can serve a teacher). pause_modes: the ways it can stop for new weights. devices:
+    what it runs on.
     """
 
     kind: ClassVar[str] = "engine"
@@ -187,7 +195,7 @@ class TrainerSpec(Spec):
     that gives "values", built with the same options class; None if there is none.
     families: it accepts only architectures of installed model plugins if "listed", any if "any".
     backend: the framework that a family must describe itself for (`ModelSpec.backends`), None if it needs no such
-    description. devices: what it runs on.
+    description. top_logprobs: it gives losses `LossInputs.top_logprobs`. devices: what it runs on.
     """
 
     kind: ClassVar[str] = "trainer"
@@ -195,6 +203,7 @@ class TrainerSpec(Spec):
     critic: str | None = None
     families: Literal["any", "listed"] = "any"
     backend: str | None = None
+    top_logprobs: bool = False
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
 
     def __post_init__(self) -> None:
