@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from miles_core.config import schema
 from miles_core.errors import UserError, nearest
 
 Key = tuple[str | int, ...]
@@ -295,18 +294,17 @@ def _renames(base: Node, over: Node, path: Key) -> bool:
     return bool(base.value["name"].value != over.value["name"].value)
 
 
-_SECTIONS: Mapping[Any, type[Any]] = {
-    "engine": schema.EngineSection,
-    "loss": schema.LossSection,
-    "reward": schema.RewardSection,
-    "trainer": schema.TrainerSection,
-}
-"""The sections in which keys of core's own stand beside a component's options."""
-
-
 def _core_keys(path: Key) -> frozenset[str]:
-    """Core's own keys in the section at `path`; in that of the reward, if it is one of several."""
-    section = _SECTIONS.get("reward" if "reward" in path[-2:] else path[-1])
+    """Core's own keys in the section at `path`, beside a component's options; of the reward, if it is one of several."""
+    from miles_core.config import schema  # needs numpy, which commands that only show a tree do not
+
+    sections: Mapping[Any, type[Any]] = {
+        "engine": schema.EngineSection,
+        "loss": schema.LossSection,
+        "reward": schema.RewardSection,
+        "trainer": schema.TrainerSection,
+    }
+    section = sections.get("reward" if "reward" in path[-2:] else path[-1])
     return frozenset(field.name for field in dataclasses.fields(section)) if section else frozenset()
 
 
