@@ -1,0 +1,286 @@
+"""Runs the commands that a page shows, and compares what they print with what is shown.
+
+- A fenced block with `title="FILE"` is that file, in the folder in which the page's commands run.
+- A block `console` has commands after "$ " and what they print. A line "…" stands for any lines, "…" within a line for
+  any text.
+- A block `bash` has commands that are run and print what they like.
+- A comment above a block says what is special: `<!-- exits with 2 -->`, or `<!-- not run: REASON -->`.
+- A comment `<!-- continues PAGE -->` in a page: its folder is what the commands of that page have left.
+
+`python docs/tools/commands.py PAGE…` runs the pages and writes what their commands print today into them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HOME = "/home/you"
+"""What pages call the folder in which their commands run."""
+ANY = "…"
+LIMIT_S = 240
+
+_FENCE = re.compile(
+    r"(?:^ *<!-- (?P<note>[^\n]*?) -->\n+)?"
+    r"^(?P<indent> *)```(?P<language>[\w+-]*)(?P<info>[^\n]*)\n(?P<text>.*?)^(?P=indent)```[ ]*$",
+    re.MULTILINE | re.DOTALL,
+)
+_CONTINUES = re.compile(r"^<!-- continues (\S+) -->$", re.MULTILINE)
+_PROGRAMS = {"miles": "miles_core", "pip": "pip", "pytest": "pytest", "hatchling": "hatchling"}
+"""Programs of a page's environment -> the module that each runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A fenced block of a page. start, end: of its text in the page's. indent: of its lines there."""
+
+    language: str
+    title: str
+    note: str
+    text: str
+    start: int
+    end: int
+    indent: str
+
+    @property
+    def run(self) -> bool:
+        """Whether its commands are run."""
+        return self.language in ("console", "bash") and not self.note.startswith("not run: ")
+
+    @property
+    def code(self) -> int:
+        """The exit code that its commands shall have."""
+        found = re.fullmatch(r"exits with (\d+)", self.note)
+        return int(found[1]) if found else 0
+
+    def commands(self) -> Iterator[tuple[str, list[str]]]:
+        """Each command, and the lines that it is shown to print."""
+        if self.language == "bash":
+            joined = re.sub(r"\\\n", "", self.text)
+            yield from ((line, []) for line in joined.splitlines() if line.strip() and not line.startswith("#"))
+            return
+        command, lines = "", list[str]()
+        for line in self.text.splitlines():
+            if line.startswith("$ "):
+                if command:
+                    yield command, lines
+                command, lines = line[2:], []
+            elif line.startswith("> ") and command and not lines:
+                command += f"\n{line[2:]}"
+            else:
+                lines.append(line)
+        yield command, lines
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page's text."""
+    found = []
+    for match in _FENCE.finditer(page):
+        title = re.search(r'title="([^"]+)"', match["info"])
+        found.append(
+            Block(
+                language=match["language"],
+                title=title[1] if title else "",
+                note=match["note"] or "",
+                text=re.sub(rf"^{match['indent']}", "", match["text"], flags=re.MULTILINE),
+                start=match.start("text"),
+                end=match.end("text"),
+                indent=match["indent"],
+            )
+        )
+    return found
+
+
+def continued(page: str) -> str | None:
+    """The page that a page goes on from, as its text says it."""
+    found = _CONTINUES.search(page)
+    return found[1] if found else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a command. shown, printed: lines."""
+
+    block: Block
+    command: str
+    shown: list[str]
+    printed: list[str]
+    code: int
+
+    @property
+    def fault(self) -> str:
+        """What is wrong, "" if nothing is."""
+        printed = "\n".join(self.printed)
+        if self.code != self.block.code:
+            return f"$ {self.command}\nexits with {self.code}, not with {self.block.code}:\n{printed}"
+        if self.block.language == "console" and not matches(self.shown, self.printed):
+            return f"$ {self.command}\nprints\n{printed}\nbut the page shows\n" + "\n".join(self.shown)
+        return ""
+
+
+def matches(shown: list[str], printed: list[str]) -> bool:
+    """Whether lines that a page shows stand for lines that were printed."""
+    pattern = ""
+    for line in shown:
+        if line.strip() == ANY:
+            pattern += r"(?:[^\n]*\n)*"
+        else:
+            pattern += "[^\n]*".join(map(re.escape, normal(line).split(ANY))) + r"\n"
+    return re.fullmatch(pattern, "".join(f"{normal(line)}\n" for line in printed)) is not None
+
+
+_NORMAL = (
+    (re.compile(r"^(step +\d+/\d+|held-out after step \d+:) .*"), r"\1 …numbers"),
+    (re.compile(r"\b\d+\.\d+\.\d+(\+\w+)?\b"), "VERSION"),
+    (re.compile(r"\b\d+(\.\d+)? ?s\b"), "SECONDS"),
+    (re.compile(r"\s+"), " "),
+)
+"""What differs from one time to the next: the numbers of a step, versions, times; and how wide a column is."""
+
+
+def normal(line: str) -> str:
+    """A line without what differs from one time to the next."""
+    for pattern, instead in _NORMAL:
+        line = pattern.sub(instead, line)
+    return line.strip()
+
+
+@dataclass
+class Shell:
+    """A folder, and an environment over the one that this runs in: what a page installs stays in it."""
+
+    folder: Path
+    environment: Path
+    at: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.at = self.folder
+        if not self.environment.exists():
+            _make_environment(self.environment)
+
+    def run(self, command: str) -> tuple[int, list[str]]:
+        """Exit code and lines of standard output and error. The working folder stays for the next command."""
+        note = self.environment / "folder"
+        script = f"{command}\ncode=$?; pwd > {shlex.quote(str(note))}; exit $code"
+        process = subprocess.Popen(
+            ["bash", "-c", script],
+            cwd=self.at,
+            env=self._variables(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            out, _ = process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, _ = process.communicate()
+            out += f"(still running after {LIMIT_S} s)"
+        if note.exists():
+            self.at = Path(note.read_text().strip())
+            note.unlink()
+        return process.returncode, [line.replace(str(self.folder), HOME).rstrip() for line in out.splitlines()]
+
+    def _variables(self) -> dict[str, str]:
+        programs = os.pathsep.join((str(self.environment / "bin"), str(Path(sys.executable).parent)))
+        own = {
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "VIRTUAL_ENV": str(self.environment),
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "100",
+            "PIP_NO_BUILD_ISOLATION": "0",  # which for this variable means that there is none
+            "PIP_NO_INDEX": "1",  # everything is there already
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        return {**os.environ, **own}
+
+
+def _make_environment(folder: Path) -> None:
+    """A virtual environment that sees everything which is installed in the one that this runs in."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (above,) = folder.glob("lib/python*/site-packages")
+    below = [path for path in sys.path if path.endswith("site-packages")]
+    (above / "below.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in below))
+    for program, module in _PROGRAMS.items():
+        script = folder / "bin" / program
+        script.write_text(f'#!/bin/sh\nexec {folder}/bin/python -m {module} "$@"\n')
+        script.chmod(0o755)
+
+
+def run(page: str, shell: Shell) -> Iterator[Outcome]:
+    """Writes the files of a page and runs its commands, in order."""
+    for block in blocks(page):
+        if block.title and not block.note.startswith("not run: "):
+            path = shell.at / block.title
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.text, encoding="utf-8")
+        for command, shown in block.commands() if block.run else ():
+            code, printed = shell.run(command)
+            yield Outcome(block=block, command=command, shown=shown, printed=printed, code=code)
+
+
+class Workshop:
+    """Runs pages, each once, in folders of their own below one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._done: dict[Path, tuple[Shell, list[Outcome]]] = {}
+
+    def outcomes(self, page: Path) -> list[Outcome]:
+        """Of the commands of a page."""
+        return self._run(page.resolve())[1]
+
+    def _run(self, page: Path) -> tuple[Shell, list[Outcome]]:
+        if page not in self._done:
+            text = page.read_text(encoding="utf-8")
+            shell = self._shell(page, continued(text))
+            self._done[page] = (shell, list(run(text, shell)))
+        return self._done[page]
+
+    def _shell(self, page: Path, before: str | None) -> Shell:
+        place = self._folder / f"{len(self._done)}-{page.stem}"
+        if before is None:
+            return Shell(place / "you", place / "environment")
+        other, _ = self._run((page.parent / before).resolve())
+        shutil.copytree(other.folder, place / "you", symlinks=True)
+        return Shell(place / "you", other.environment)
+
+
+def rewritten(page: str, outcomes: list[Outcome]) -> str:
+    """The page's text with what its commands print today, where that is not what is shown."""
+    for block in reversed([block for block in blocks(page) if block.run and block.language == "console"]):
+        ours = [outcome for outcome in outcomes if outcome.block == block]
+        lines = []
+        for outcome in ours:
+            first, *more = outcome.command.split("\n")
+            lines += [f"$ {first}", *(f"> {line}" for line in more)]
+            lines += outcome.shown if matches(outcome.shown, outcome.printed) else outcome.printed
+        text = "".join(f"{block.indent}{line}".rstrip() + "\n" for line in lines)
+        page = page[: block.start] + text + page[block.end :]
+    return page
+
+
+def main(pages: list[str]) -> None:
+    """Runs pages and writes what their commands print into them."""
+    with tempfile.TemporaryDirectory() as folder:
+        workshop = Workshop(Path(folder))
+        for page in map(Path, pages):
+            outcomes = workshop.outcomes(page)
+            page.write_text(rewritten(page.read_text(encoding="utf-8"), outcomes), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
