@@ -295,7 +295,7 @@ def _renames(base: Node, over: Node, path: Key) -> bool:
 
 
 def _core_keys(path: Key) -> frozenset[str]:
-    """Core's own keys in the section at `path`, beside a component's options; of the reward, if it is one of several."""
+    """Core's own keys in the section at `path`, beside a component's options; in that of the reward, if it is an item."""
     from miles_core.config import schema  # needs numpy, which commands that only show a tree do not
 
     sections: Mapping[Any, type[Any]] = {
