@@ -108,9 +108,8 @@ def run(site: Path) -> Path:
     """The folder of a run that uses every example that a run can use."""
     folder = site.parent
     hooks = [hook for role in LIFECYCLE for hook in lifecycle_hooks(role)]
-    names = [
-        record.name for hook in ["miles_callbacks", *hooks] for record in discover().plugin(plugin_of(hook)).records
-    ]
+    plugins = [discover().plugin(plugin_of(hook)) for hook in ("miles_callbacks", *hooks)]
+    names = [record.name for plugin in plugins for record in plugin.records]
     slow = '{ name = "slow-steps", limit_s = 0 }'
     callbacks = ", ".join(slow if name == "slow-steps" else f'"{name}"' for name in names)
     (folder / "demo.toml").write_text(RUN.replace("CALLBACKS", callbacks))

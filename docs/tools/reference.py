@@ -1,7 +1,7 @@
 """The reference, made of what is installed: hooks, records, interfaces, run file, commands, components, rules.
 
-A page asks for a part of it by a line `<!-- generated: NAME ARGUMENT -->`; `PARTS` has the names. Nothing here is a copy
-that could grow stale: a new hook, option or component is in the next build.
+A page asks for a part of it by a line `<!-- generated: NAME ARGUMENT -->`; `PARTS` has the names. Nothing here is a
+copy that could grow stale: a new hook, option or component is in the next build.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -118,8 +119,7 @@ def _declarers(kind: type[Spec]) -> set[str]:
 
 def lifecycle_hooks_of(role: str) -> str:
     """Every lifecycle hook of a process role."""
-    assert role in LIFECYCLE
-    hooks = lifecycle_hooks(role)
+    hooks = {name: hook for known in LIFECYCLE if known == role for name, hook in lifecycle_hooks(known).items()}
     return "\n".join(_hook(hook, function, f"Heard by {_listeners(hook)}.") for hook, function in hooks.items())
 
 
@@ -162,7 +162,7 @@ def _aliases(module: ModuleType) -> list[tuple[str, str, str]]:
     body = ast.parse(inspect.getsource(module)).body
     return [
         (node.targets[0].id, ast.unparse(node.value), after.value.value)
-        for node, after in zip(body, body[1:], strict=False)
+        for node, after in pairwise(body)
         if isinstance(node, ast.Assign)
         and isinstance(node.targets[0], ast.Name)
         and not node.targets[0].id.startswith("_")
@@ -217,7 +217,7 @@ def _dataclass(cls: Any) -> str:
 
 
 def _annotation(field: dataclasses.Field[Any]) -> str:
-    return field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
+    return field.type if isinstance(field.type, str) else str(inspect.formatannotation(field.type))
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
@@ -370,7 +370,7 @@ def contract_rules(_: str = "") -> str:
     """The rules of `miles plugins check`: for every plugin, then by kind."""
     from miles_core.testing import checks, kits
 
-    found = {"Every plugin": checks.RULES}
+    found: dict[str, Iterable[Any]] = {"Every plugin": checks.RULES}
     found |= {_plural(kind): kits.rules_of(kind) for kind in declaration_kinds().values()}
     parts = []
     for title, rules in found.items():
@@ -482,7 +482,7 @@ def _words(value: Any) -> str:
         return ", ".join(f"`{key}` if `{item}`" for key, item in sorted(value.items())) or "none"
     if isinstance(value, (frozenset, tuple)):
         return ", ".join(f"`{item}`" for item in (sorted(value) if isinstance(value, frozenset) else value)) or "none"
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"`{value}`"
+    return ("yes" if value else "no") if isinstance(value, bool) else f"`{value}`"
 
 
 def _recipe(record: RecipeSpec) -> str:
@@ -499,10 +499,8 @@ def _implementation(ref: str) -> str:
     assert found is not None
     assert found.origin is not None
     tree = ast.parse(Path(found.origin).read_text(encoding="utf-8"))
-    own = next(
-        (ast.get_docstring(node) for node in tree.body if getattr(node, "name", None) == attribute.partition(".")[0]),
-        None,
-    )
+    nodes = [node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    own = next((ast.get_docstring(node) for node in nodes if node.name == attribute.partition(".")[0]), None)
     texts = [text for text in (ast.get_docstring(tree), own) if text]
     folder = f"{REFERENCE}/plugins"
     inner = "\n\n".join(linked(prose(text), folder).strip() for text in texts)

@@ -105,7 +105,7 @@ def _paragraphs(cls: type) -> list[tuple[str, dict[str, str]]]:
     """Of each paragraph of the docstring: the text before the first field, and field -> text."""
     names = "|".join(re.escape(field.name) for field in dataclasses.fields(cls))
     label = re.compile(rf"(?:^|(?<=[.;)] ))((?:{names})(?:(?:, | and )(?:{names}))*): ")
-    found = []
+    found: list[tuple[str, dict[str, str]]] = []
     for block in re.split(r"\n\s*\n", own_docstring(cls)):
         if block.startswith("    "):  # a formula
             found.append((block, {}))

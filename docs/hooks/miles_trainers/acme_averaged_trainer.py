@@ -1,4 +1,5 @@
 import torch
+
 from miles_torch.trainer import TorchTrainer
 
 
