@@ -98,18 +98,18 @@ def test_with_the_whole_vocabulary_it_is_the_divergence(tail, divergence):
     torch.testing.assert_close(*gradients, atol=1e-8, rtol=1e-8)
 
 
-@given(seed=st.integers(0, 10**6), top_k=st.integers(1, VOCABULARY - 1), scale=st.sampled_from([0.1, 1.0, 5.0]))
+@given(seed=st.integers(0, 10**6), top_k=st.integers(1, VOCABULARY - 1), scale=st.sampled_from([0.1, 0.5, 1.5]))
 def test_the_bucket_never_overstates_a_divergence_and_grows_with_what_is_seen(seed, top_k, scale):
-    """But for what the bound on the tail changes."""
+    """Where no tail is as small as its bound."""
     logits, teacher = distributions(seed, scale=scale)
     for divergence in ("reverse", "forward", "jsd"):
         less, more, whole = (
             distill(inputs_of(logits, teacher, k), Distill(top_k=k, divergence=divergence)).losses
             for k in (top_k, top_k + 1, VOCABULARY)
         )
-        assert (less >= -1e-6).all()
-        assert (less <= more + 1e-5).all()
-        assert (more <= whole + 1e-5).all()
+        assert (less >= -1e-9).all()
+        assert (less <= more + 1e-9).all()
+        assert (more <= whole + 1e-9).all()
 
 
 @pytest.mark.parametrize("way", WAYS, ids=IDS)
