@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from miles_core import CorrectionSpec, LossSpec
-from miles_core.config.schema import Component, LossSection, Schedule
-from miles_core.roles import CorrectionOutputs, LossInputs, LossOutputs, Segments
-from miles_core.run.objective import Objective, train_stage
+from miles_core.config.schema import Component, LossSection, Schedule, StageCritic
+from miles_core.roles import CorrectionOutputs, LossInputs, LossOutputs, Segments, TrainStage
+from miles_core.run.objective import Objective, critic_stage, train_stage
 
 
 def loss(inputs, options):
@@ -83,7 +83,7 @@ def test_a_stage_knows_what_its_loss_and_corrections_read(monkeypatch):
         ref="fake_losses:loss",
         summary="x",
         needs=frozenset({"advantages"}),
-        needs_if={"ref_logprobs": "kl_coef", "values": "entropy_coef"},
+        needs_if={"ref_logprobs": "kl_coef", "staleness": "entropy_coef"},
         entropy_if="entropy_coef",
     )
     correction = CorrectionSpec(name="ratio", ref="fake_losses:ratio", summary="x")
@@ -93,12 +93,46 @@ def test_a_stage_knows_what_its_loss_and_corrections_read(monkeypatch):
         corrections=(Component(spec=correction, plugin="p", options=3),),
         loss_section=LossSection(name="fake"),
         schedule=Schedule(steps=5, prompts_per_step=4, minibatches=2),
+        warmup_steps=0,
         trainer=SimpleNamespace(options="trainer options"),
     )
     got = train_stage(stage)
     assert got.loss == Objective(loss=loss, corrections=(("ratio", ratio, 3),))
     assert got.needs == {"advantages", "ref_logprobs", "old_logprobs", "rollout_logprobs"}
     assert (got.loss_options, got.entropy, got.optimizer_steps, got.options) == (options, False, 10, "trainer options")
+
+
+def test_a_critic_has_a_stage_of_its_own_and_leaves_the_policy_the_steps_after_its_warm_up(monkeypatch):
+    module = ModuleType("fake_losses")
+    vars(module).update(loss=loss, plain=plain)
+    monkeypatch.setitem(sys.modules, "fake_losses", module)
+    policy = LossSpec(name="fake", ref="fake_losses:loss", summary="x")
+    value = LossSpec(name="value", ref="fake_losses:plain", trains="critic", needs=frozenset({"returns"}), summary="x")
+    critic = StageCritic(
+        trainer=Component(spec=policy, plugin="p", options="critic options"),
+        loss=Component(spec=value, plugin="p", options=4),
+        warmup_steps=3,
+    )
+    stage: Any = SimpleNamespace(
+        name="train",
+        loss=Component(spec=policy, plugin="p"),
+        corrections=(),
+        loss_section=LossSection(name="fake"),
+        schedule=Schedule(steps=5, prompts_per_step=4, minibatches=2, updates_per_batch=3),
+        warmup_steps=3,
+        critic=critic,
+        trainer=SimpleNamespace(options="trainer options"),
+    )
+    assert train_stage(stage).optimizer_steps == 2 * 6
+    assert critic_stage(stage) == TrainStage(
+        name="train",
+        loss=plain,
+        loss_options=4,
+        entropy=False,
+        needs=frozenset({"returns"}),
+        optimizer_steps=5 * 6,
+        options="critic options",
+    )
 
 
 def ratio_of(inputs, options):

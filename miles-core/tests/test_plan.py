@@ -121,9 +121,13 @@ ALGORITHMS = (
         needs_if={"ref_logprobs": "kl_coef"},
     ),
     AdvantageSpec(**_said("against-baseline", baseline=True)),
-    CorrectionSpec(**_said("truncated", needs=frozenset({"values"}))),
+    CorrectionSpec(**_said("truncated", needs=frozenset({"staleness"}))),
     LossSpec(**_said("imitate")),
     LossSpec(**_said("value", needs=frozenset({"returns"}))),
+    LossSpec(**_said("acting", trains="actor", needs=frozenset({"advantages"}))),
+    LossSpec(
+        **_said("squared", trains="critic", needs=frozenset({"returns", "values"}), options="fake_options:Threshold")
+    ),
 )
 DATA = (
     DataSourceSpec(**_said("lines", options="fake_options:Lines", answers=True)),
@@ -138,7 +142,7 @@ DATA = (
 STACK = (
     EngineSpec(**_said("quick", pause_modes=frozenset({"drain", "in-place"}))),
     EngineSpec(**_said("gpu-only", devices=frozenset({"cuda"}))),
-    TrainerSpec(**_said("plain", options="fake_options:TrainerOptions")),
+    TrainerSpec(**_said("plain", options="fake_options:TrainerOptions", critic="nowhere:critic")),
     TrainerSpec(**_said("choosy", families="listed", devices=frozenset({"cpu"}))),
     TrainerSpec(**_said("island")),
     WeightSyncSpec(**_said("plain-to-quick"), trainer="plain", engine="quick", receiver="nowhere:receiver"),
@@ -222,6 +226,16 @@ trainer = { optimizer = { learning_rate = 1e-3 } }
 name = "rl"
 schedule = { steps = 5, prompts_per_step = 4, samples_per_prompt = 4 }
 """
+
+
+CRITIC = """\
+[critic]
+loss = "squared"
+optimizer = { learning_rate = 0.5 }
+"""
+
+ACTING = CRITIC + RUN.replace('"whitened"', '"critic"').replace('"clipped"\nclip_high = 0.28', '"acting"')
+"""With a critic on the policy's ranks."""
 
 
 @pytest.fixture(autouse=True)
@@ -373,6 +387,99 @@ def test_a_plan_goes_to_other_processes() -> None:
     assert pickle.loads(pickle.dumps(plan)) == plan
 
 
+def test_a_critic_takes_from_its_trainer_what_it_does_not_say() -> None:
+    plan = plan_of(ACTING, "trainer.dtype=bfloat16", "trainer.optimizer.schedule=cosine")
+    (stage,) = plan.stages
+    assert plan.critic is not None
+    assert plan.critic.spec is plan.trainer.spec
+    assert plan.critic_section is not None
+    assert plan.critic_section.shares
+    assert stage.critic is not None
+    expected = Optimizer(learning_rate=0.5, schedule="cosine")
+    assert stage.critic.trainer.options == TrainerOptions(dtype="bfloat16", optimizer=expected)
+    assert stage.critic.loss.options == Threshold()
+    assert plan.origins["critic.optimizer.learning_rate"] == "run.toml:3"
+    assert plan.origins["critic.optimizer.schedule"] == "flag trainer.optimizer.schedule=cosine"
+    assert plan.values["critic"]["loss"] == {"name": "squared", "threshold": 0.5}
+
+
+def test_a_critic_of_another_trainer_takes_nothing_and_needs_ranks() -> None:
+    other = _plugin(
+        "fake-other", TrainerSpec(**_said("other", critic="nowhere:x", options="fake_options:TrainerOptions"))
+    )
+    flags = ["critic.name=other", "trainer.dtype=bfloat16"]
+    (stage,) = plan_of(ACTING, *flags, "critic.ranks=2", plugins=catalog(other)).stages
+    assert stage.critic is not None
+    assert stage.critic.trainer.options == TrainerOptions(optimizer=Optimizer(learning_rate=0.5))
+    assert stage.critic.loss.spec.name == "squared"
+    assert refusal(ACTING, *flags, plugins=catalog(other)).startswith(
+        "flag critic.name=other: the critic's trainer is 'other' and the policy's 'plain', so they cannot share ranks"
+    )
+
+
+def test_only_stages_whose_advantage_reads_values_have_a_critic() -> None:
+    text = STAGED.replace("[advantage]", CRITIC + "[advantage]").replace('"whitened"', '"critic"')
+    flags = ["stages.rl.critic.warmup_steps=2", "stages.rl.critic.loss.threshold=0.25", "trainer.dtype=bfloat16"]
+    warm_up, rl = plan_of(text, *flags).stages
+    assert warm_up.critic is None
+    assert rl.critic is not None
+    assert (rl.warmup_steps, rl.critic.loss.options) == (2, Threshold(threshold=0.25))
+    assert rl.critic.trainer.options.dtype == "bfloat16"
+    assert "stages.rl.critic.ranks cannot be set" in refusal(text, "stages.rl.critic.ranks=2")
+    assert "no effect" in refusal(text, "stages.warm-up.critic.warmup_steps=2")
+    alone = ["loss=acting", "rollout=single-turn", "advantage=whitened", "schedule.samples_per_prompt=2"]
+    assert (
+        "loss 'acting' of stage 'warm-up' trains a policy beside a critic, but advantage 'whitened' reads no values; "
+        "choose an advantage that reads them (critic), or a loss that needs no critic"
+    ) in refusal(text, *(f"stages.warm-up.{flag}" for flag in alone))
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        (
+            RUN,
+            ["loss.name=acting"],
+            "flag loss.name=acting: loss 'acting' trains a policy beside a critic, but there is none; add [critic]",
+        ),
+        (
+            ACTING,
+            ["advantage.name=whitened"],
+            "run.toml:1: there is a critic, but no advantage reads its values; remove [critic], or choose an advantage",
+        ),
+        (
+            CRITIC + RUN,
+            [],
+            (
+                "run.toml:1: there is a critic, but no advantage reads its values; remove [critic], or choose an "
+                "advantage that reads them (critic)"
+            ),
+        ),
+        (ACTING, ["loss.name=squared"], "flag loss.name=squared: loss 'squared' trains a critic and no policy"),
+        (
+            ACTING,
+            ["critic.loss=acting"],
+            "flag critic.loss=acting: critic.loss 'acting' trains a policy and no critic; say loss = \"squared\"",
+        ),
+        (
+            ACTING,
+            ["critic.warmup_steps=3"],
+            "flag critic.warmup_steps=3: critic.warmup_steps is 3, which leaves the policy none of its 3 steps",
+        ),
+        (
+            ACTING.replace("optimizer = { learning_rate = 0.5 }", ""),
+            ["critic.name=choosy"],
+            "flag critic.name=choosy: trainer 'choosy' has no critic; set critic.name to one that has: plain",
+        ),
+        (ACTING, ["critic.threads=2"], "flag critic.threads=2: critic.threads is for ranks of its own"),
+        (ACTING, ["critic.gpus=1", "critic.ranks=1"], "flag critic.ranks=1: critic.ranks is for CPUs"),
+        (ACTING.replace('loss = "squared"', ""), [], 'run.toml:1: critic has no loss; add loss = "squared"'),
+    ],
+)
+def test_policy_and_critic_must_fit(text: str, flags: list[str], message: str) -> None:
+    assert refusal(text, *flags).startswith(message)
+
+
 # ---- Refusals -----------------------------------------------------------------------------------------------------
 
 
@@ -435,7 +542,10 @@ def test_what_is_missing_is_named(text: str, message: str) -> None:
     [
         (
             ["advantage.name=critic"],
-            "flag advantage.name=critic: advantage 'critic' needs values, but trainer 'plain' gives old_logprobs",
+            (
+                "flag advantage.name=critic: advantage 'critic' needs values, which a critic gives, but there is none; "
+                'add [critic] with loss = "squared"'
+            ),
         ),
         (
             ["loss.name=value"],
@@ -453,7 +563,7 @@ def test_what_is_missing_is_named(text: str, message: str) -> None:
         ),
         (
             ['corrections=["truncated"]'],
-            "flag corrections=[\"truncated\"]: correction 'truncated' needs values, but advantage",
+            "flag corrections=[\"truncated\"]: correction 'truncated' needs staleness, but advantage",
         ),
         (
             ["schedule.samples_per_prompt=1"],
@@ -772,6 +882,8 @@ flags = st.fixed_dictionaries(
         ),
         "cluster.address": st.text(),
         "engine.count": st.integers(1, 9),
+        "critic.optimizer.learning_rate": st.floats(0, 1),
+        "critic.loss.threshold": st.floats(0, 1),
     },
 )
 
@@ -779,6 +891,8 @@ flags = st.fixed_dictionaries(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(flags, st.sampled_from([RUN, STAGED]))
 def test_a_run_folder_gives_back_an_equal_plan(said: dict[str, Any], text: str) -> None:
+    if any(key.startswith("critic.") for key in said):
+        text = text.replace("[advantage]", CRITIC + "[advantage]").replace('"whitened"', '"critic"')
     flags = [
         f"{key}={tomli_w.dumps({'x': value}).partition('x = ')[2]}"
         for key, value in said.items()

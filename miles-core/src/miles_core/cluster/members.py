@@ -26,15 +26,15 @@ from typing import Any, Literal
 import ray
 
 from miles_core.cluster.engine_pool import EnginePool
-from miles_core.config.schema import Plan
+from miles_core.config.schema import CriticSection, Plan, TrainerSection
 from miles_core.errors import RunError, UserError, explained
 from miles_core.lifecycle import Role, lifecycle
 from miles_core.plugins import load_exact, resolve
 from miles_core.roles import BucketLayout, EngineContext, PauseMode, TrainerContext
 from miles_core.run.collector import Collected, Collector
-from miles_core.run.objective import train_stage
+from miles_core.run.objective import critic_stage, train_stage
 from miles_core.sample import Batch, Completion, Request
-from miles_core.specs import CallbackSpec, WeightSyncSpec
+from miles_core.specs import CallbackSpec, TrainerSpec, WeightSyncSpec
 
 
 def hooks_of(plan: Plan, role: Role) -> Any:
@@ -112,52 +112,70 @@ class _Process:
         load_exact(self.plan.plugin_set)
 
 
-class TrainerMember(_Process):
-    """One trainer rank."""
+Part = Literal["policy", "critic"]
+"""What a trainer process trains."""
 
-    def __init__(self, name: str, log: Path, plan: Plan, rank: int) -> None:
+
+class TrainerMember(_Process):
+    """One rank of the policy's trainer, of the critic, or of both, if the critic has no ranks of its own."""
+
+    def __init__(self, name: str, log: Path, plan: Plan, rank: int, parts: Sequence[Part]) -> None:
         super().__init__(name, log, plan)
-        self.rank = rank
-        self.trainer: Any = None
+        self.rank, self._classes = rank, {part: _class_of(plan, part) for part in parts}
+        self.parts: dict[Part, Any] = {}
+        self.contexts: dict[Part, TrainerContext] = {}
         self.sender: Any = None
 
     def enter(self) -> None:
-        """Prepares the process and imports the trainer."""
+        """Prepares the process and imports what it will train with."""
         self._enter()
-        self._build = resolve(self.plan.trainer.spec.ref)
+        for ref in self._classes.values():
+            resolve(ref)
 
     def address(self) -> str:
-        """A free meeting point for the trainer ranks, on rank 0's machine."""
+        """A free meeting point for the ranks, on rank 0's machine."""
         host = _own_host(self.plan)
         with socket.create_server((host, 0)) as listener:
             return f"tcp://{host}:{listener.getsockname()[1]}"
 
-    def start(self, address: str, model: Path, reference: bool) -> None:
-        """Builds the trainer and its model."""
-        section = self.plan.trainer_section
-        self.context = TrainerContext(
+    def start(self, part: Part, address: str, model: Path, reference: bool) -> None:
+        """Builds the trainer or the critic, and its model."""
+        plan, section = self.plan, self._section
+        self.contexts[part] = TrainerContext(
             model=model,
             rank=self.rank,
             world_size=section.world_size,
             address=address,
             gpus=int(section.gpus > 0),
             threads=section.threads,
-            seed=self.plan.seed,
+            seed=plan.seed,
             reference=reference,
-            timeout_s=self.plan.cluster.deadline_s,
-            hooks=hooks_of(self.plan, "trainer"),
+            timeout_s=plan.cluster.deadline_s,
+            hooks=hooks_of(plan, "trainer"),
+            role=part,
         )
-        self.trainer = self._build(self.plan.stages[0].trainer.options, self.context)
-        self.trainer.start()
+        self.parts[part] = resolve(self._classes[part])(_first_options(plan, part), self.contexts[part])
+        self.parts[part].start()
 
-    def begin(self, stage: int) -> None:
+    @property
+    def _section(self) -> TrainerSection | CriticSection:
+        """That says how many ranks there are like this one."""
+        own = self.plan.critic_section if "policy" not in self._classes else None
+        return own or self.plan.trainer_section
+
+    def begin(self, part: Part, stage: int) -> None:
         """A stage starts."""
-        self.trainer.begin(train_stage(self.plan.stages[stage]))
+        made = train_stage if part == "policy" else critic_stage
+        self.parts[part].begin(made(self.plan.stages[stage]))
+
+    def load_pretrained(self, folder: Path) -> None:
+        """The critic takes over the weights of a policy."""
+        self.parts["critic"].load_pretrained(folder)
 
     def open_sync(self, engines: int) -> tuple[str, Sequence[BucketLayout]]:
         """Builds the sender. The meeting point (of rank 0) and what will be sent."""
-        self.sender = resolve(_sync_spec(self.plan).ref)(self.context, engines)
-        return self.sender.open() if self.rank == 0 else "", self.trainer.layout()
+        self.sender = resolve(_sync_spec(self.plan).ref)(self.contexts["policy"], engines)
+        return self.sender.open() if self.rank == 0 else "", self.parts["policy"].layout()
 
     def connect_sync(self) -> None:
         """Meets the engines."""
@@ -165,36 +183,58 @@ class TrainerMember(_Process):
 
     def publish(self, version: int) -> None:
         """Sends the weights; returns when every engine has them."""
-        self.sender.send(self.trainer.export())
-        self.context.hooks.weights_published(context=self.context, version=version)
+        context = self.contexts["policy"]
+        self.sender.send(self.parts["policy"].export())
+        context.hooks.weights_published(context=context, version=version)
 
     def logprobs(self, batch: Batch, which: Literal["policy", "reference"], step: int) -> Any:
-        """A token column, from rank 0."""
-        return self.trainer.logprobs(batch, which, step)
+        """A token column of the policy or the reference, from rank 0."""
+        return self.parts["policy"].logprobs(batch, which, step)
 
-    def update(self, batch: Batch, step: int, passes: int) -> Mapping[str, float]:
+    def values(self, batch: Batch, step: int) -> Any:
+        """The token column of the critic, from rank 0."""
+        return self.parts["critic"].values(batch, step)
+
+    def update(self, part: Part, batch: Batch, step: int, passes: int) -> Mapping[str, float]:
         """Trains on a batch."""
-        metrics: Mapping[str, float] = self.trainer.update(batch, step, passes)
+        metrics: Mapping[str, float] = self.parts[part].update(batch, step, passes)
         return metrics
 
-    def save(self, folder: Path) -> None:
+    def save(self, part: Part, folder: Path) -> None:
         """Everything that `restore` needs."""
-        self.trainer.save(folder)
+        self.parts[part].save(folder)
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, part: Part, folder: Path) -> None:
         """The opposite of `save`."""
-        self.trainer.restore(folder)
+        self.parts[part].restore(folder)
 
     def save_pretrained(self, folder: Path) -> None:
         """The policy for transformers."""
-        self.trainer.save_pretrained(folder)
+        self.parts["policy"].save_pretrained(folder)
 
     def close(self) -> None:
         """Ends what it has started."""
         if self.sender is not None:
             self.sender.close()
-        if self.trainer is not None:
-            self.trainer.stop()
+        for trained in self.parts.values():
+            trained.stop()
+
+
+def _class_of(plan: Plan, part: Part) -> str:
+    """ "module:Class" of what trains a part."""
+    trained = plan.trainer if part == "policy" else plan.critic
+    assert trained is not None
+    assert isinstance(trained.spec, TrainerSpec)
+    ref = trained.spec.ref if part == "policy" else trained.spec.critic
+    assert ref is not None
+    return ref
+
+
+def _first_options(plan: Plan, part: Part) -> Any:
+    """What the trainer or the critic is built with: the options of the first stage that has it."""
+    if part == "policy":
+        return plan.stages[0].trainer.options
+    return next(stage.critic.trainer.options for stage in plan.stages if stage.critic)
 
 
 Finished = tuple[str, list[Completion] | BaseException]

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,8 +156,10 @@ class Session:
         return await self.gather([(member, method, args) for member in members], deadline_s=deadline_s)
 
     async def gather(self, calls: Sequence[Call], deadline_s: float | None = None) -> list[Any]:
-        """The answers to several calls made at once, or the first failure."""
-        limit = deadline_s or self.deadline_s
+        """The answers to several calls made at once, or the first failure. A member does its calls one after another,
+        and has the time for each."""
+        most = max(Counter(id(member) for member, _, _ in calls).values())
+        limit = deadline_s or most * self.deadline_s
         futures = [
             asyncio.wrap_future(getattr(member.actor, method).remote(*args).future()) for member, method, args in calls
         ]

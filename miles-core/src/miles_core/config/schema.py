@@ -61,9 +61,14 @@ class Schedule:
             raise ValueError(f"schedule.minibatches ({self.minibatches}) exceeds the samples of a step")
 
     @property
+    def updates_of_a_batch(self) -> int:
+        """Optimizer steps of one step of the loop."""
+        return self.updates_per_batch * self.minibatches
+
+    @property
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole stage."""
-        return self.steps * self.updates_per_batch * self.minibatches
+        return self.steps * self.updates_of_a_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +167,38 @@ class TrainerSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CriticSection:
+    """`[critic]`, beside `loss`, which it is trained with, and the options of the trainer that trains it; what it does
+    not say is as in `[trainer]`, if it is the same trainer. gpus, ranks, threads: as there, for ranks of its own; it
+    shares the policy's without gpus and ranks. warmup_steps: so many steps at the beginning of a stage teach the
+    critic alone."""
+
+    name: str
+    gpus: int = 0
+    ranks: int = 0
+    threads: int = 1
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _positive("critic", threads=self.threads)
+        _not_negative("critic", gpus=self.gpus, ranks=self.ranks, warmup_steps=self.warmup_steps)
+        if self.gpus and self.ranks:
+            raise ValueError("critic.ranks is for CPUs; with critic.gpus there is one rank a GPU")
+        if self.shares and self.threads != 1:
+            raise ValueError("critic.threads is for ranks of its own; set critic.ranks too, or trainer.threads instead")
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of its own; 0 if it shares the policy's."""
+        return self.gpus or self.ranks
+
+    @property
+    def shares(self) -> bool:
+        """Whether it is on the policy's ranks."""
+        return self.world_size == 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationSection:
     """`[evaluation]`: on held-out prompts, those of the data source's split "eval".
 
@@ -235,12 +272,22 @@ class Component:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageCritic:
+    """The critic in a stage. trainer: the one that trains it, with this stage's options; loss: what it is trained with;
+    warmup_steps: of the stage, in which it learns alone."""
+
+    trainer: Component
+    loss: Component
+    warmup_steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """A part of a run with its own data, rollout, rewards, loss and schedule. Weights go on from stage to stage.
 
     trainer: the run's trainer with this stage's options. first_step: steps of the stages before it.
     rewards: empty only if the rollout does not generate and nothing reads rewards. advantage: None if the loss reads
-    none of what it gives.
+    none of what it gives. critic: None if the advantage reads no values.
     """
 
     name: str
@@ -256,11 +303,17 @@ class Stage:
     loss_section: LossSection
     trainer: Component
     corrections: tuple[Component, ...] = ()
+    critic: StageCritic | None = None
 
     @property
     def last_step(self) -> int:
         """The step after which the stage is over."""
         return self.first_step + self.schedule.steps
+
+    @property
+    def warmup_steps(self) -> int:
+        """So many of the first steps leave the policy alone."""
+        return self.critic.warmup_steps if self.critic is not None else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +322,7 @@ class Plan:
 
     folder: the run folder, not yet made. directory: where the run was started, which relative paths in it are relative
     to, in every process and after a resume from elsewhere. engine, sync: None if no stage generates and nothing is
-    evaluated.
+    evaluated. critic: the trainer that trains it, None if there is no critic.
     values: the resolved run file, nested; origins: dotted name -> where the value came from.
     plugin_set: the plugins that every process must load, as (distribution, version, entry point value).
     """
@@ -294,6 +347,8 @@ class Plan:
     values: Mapping[str, Any]
     origins: Mapping[str, str]
     directory: Path = field(default_factory=Path.cwd)
+    critic: Component | None = None
+    critic_section: CriticSection | None = None
 
     @property
     def steps(self) -> int:

@@ -295,17 +295,19 @@ def _renames(base: Node, over: Node, path: Key) -> bool:
 
 
 def _core_keys(path: Key) -> frozenset[str]:
-    """Core's own keys in the section at `path`, beside a component's options; in that of the reward, if it is an item."""
+    """Core's own keys in the section at `path`, beside a component's options; in the reward's, if it is an item."""
     from miles_core.config import schema  # needs numpy, which commands that only show a tree do not
 
     sections: Mapping[Any, type[Any]] = {
+        "critic": schema.CriticSection,
         "engine": schema.EngineSection,
         "loss": schema.LossSection,
         "reward": schema.RewardSection,
         "trainer": schema.TrainerSection,
     }
     section = sections.get("reward" if "reward" in path[-2:] else path[-1])
-    return frozenset(field.name for field in dataclasses.fields(section)) if section else frozenset()
+    own = {field.name for field in dataclasses.fields(section)} if section else set()
+    return frozenset(own | {"loss"} if path[-1] == "critic" else own)
 
 
 def _superseded(base: Node, over: Node, path: Key) -> frozenset[str]:

@@ -65,6 +65,11 @@ def reads_advantage(readers: Iterable[Component], trainer: Component) -> bool:
     return not frozenset().union(*map(needed_columns, readers)) <= ALWAYS | _trainer_spec(trainer).gives
 
 
+def reads_values(advantage: Component) -> bool:
+    """Whether an advantage needs a critic."""
+    return "values" in needed_columns(advantage)
+
+
 def generates(rollout: Component) -> bool:
     """Whether a policy writes a rollout's responses, so that there are rollout log-probabilities to correct for."""
     assert isinstance(rollout.spec, RolloutSpec)
@@ -76,11 +81,13 @@ def check(plan: Plan, config: Mapping[str, Any] | None, family: Entry[ModelSpec]
     _check_model(plan, config, family, catalog)
     for stage in plan.stages:
         _check_engine(plan, stage)
-        _check_columns(plan, stage)
+        _check_losses(plan, stage, catalog)
+        _check_columns(plan, stage, catalog)
         _check_groups(plan, stage)
         _check_baseline(plan, stage)
         _check_rewards(plan, stage)
         _check_lengths(plan, stage)
+    _check_critic(plan, catalog)
     _check_evaluation(plan)
     _check_devices(plan)
     _check_publish(plan)
@@ -104,40 +111,118 @@ def _in(plan: Plan, stage: Stage) -> str:
     return f" of stage {stage.name!r}" if "stages" in plan.values else ""
 
 
+# ---- Policy and critic ---------------------------------------------------------------------------------------------
+
+
+def _check_losses(plan: Plan, stage: Stage, catalog: Catalog) -> None:
+    """The stage's loss trains a policy, with a critic if it must have one; the critic's trains a critic."""
+    spec = _loss_spec(stage.loss)
+    where, loss = _where(plan, stage, "loss.name"), f"loss {spec.name!r}{_in(plan, stage)}"
+    if spec.trains == "critic":
+        raise UserError(f"{where}: {loss} trains a critic and no policy; it is for critic.loss")
+    if spec.trains == "actor" and plan.critic is None:
+        raise UserError(f"{where}: {loss} trains a policy beside a critic, but {_no_critic(catalog)}")
+    if spec.trains == "actor" and stage.critic is None:
+        advantage = f"advantage {stage.advantage.spec.name!r} reads" if stage.advantage else "no advantage reads"
+        raise UserError(
+            f"{where}: {loss} trains a policy beside a critic, but {advantage} no values; choose an advantage that "
+            f"reads them ({reading_values(catalog)}), or a loss that needs no critic"
+        )
+    if stage.critic is None:
+        return
+    critic, where = _loss_spec(stage.critic.loss), _where(plan, stage, "critic.loss.name")
+    if critic.trains != "critic":
+        raise UserError(
+            f"{where}: critic.loss {critic.name!r}{_in(plan, stage)} trains a policy and no critic; "
+            f"say {critic_loss_line(catalog)}"
+        )
+    if stage.critic.warmup_steps >= stage.schedule.steps:
+        raise UserError(
+            f"{_where(plan, stage, 'critic.warmup_steps')}: critic.warmup_steps{_in(plan, stage)} is "
+            f"{stage.critic.warmup_steps}, which leaves the policy none of its {stage.schedule.steps} steps; lower it"
+        )
+
+
+def _check_critic(plan: Plan, catalog: Catalog) -> None:
+    """Its trainer has critics, and on the policy's ranks it is the policy's trainer."""
+    if plan.critic is None or plan.critic_section is None:
+        return
+    spec, where = _trainer_spec(plan.critic), _where(plan, None, "critic.name", "trainer.name")
+    if spec.critic is None:
+        known = _listed(entry.spec.name for entry in catalog.all(TrainerSpec) if entry.spec.critic)
+        raise UserError(f"{where}: trainer {spec.name!r} has no critic; set critic.name to one that has: {known}")
+    if plan.critic_section.shares and spec != plan.trainer.spec:
+        raise UserError(
+            f"{where}: the critic's trainer is {spec.name!r} and the policy's {plan.trainer.spec.name!r}, so they "
+            "cannot share ranks; set critic.ranks or critic.gpus"
+        )
+
+
+def _loss_spec(loss: Component) -> LossSpec:
+    assert isinstance(loss.spec, LossSpec)
+    return loss.spec
+
+
+def critic_loss_line(catalog: Catalog) -> str:
+    """The line of a run file that says what trains a critic."""
+    names = sorted(entry.spec.name for entry in catalog.all(LossSpec) if entry.spec.trains == "critic")
+    return f"loss = {' or '.join(map(repr, names)) or '…'}".replace("'", '"')
+
+
+def _no_critic(catalog: Catalog) -> str:
+    return f"there is none; add [critic] with {critic_loss_line(catalog)}"
+
+
+def reading_values(catalog: Catalog) -> str:
+    """The advantages that need a critic, as a list in words."""
+    return _listed(entry.spec.name for entry in catalog.all(AdvantageSpec) if "values" in entry.spec.needs)
+
+
 # ---- Columns, groups, rewards --------------------------------------------------------------------------------------
 
 
-def _check_columns(plan: Plan, stage: Stage) -> None:
+def _check_columns(plan: Plan, stage: Stage, catalog: Catalog) -> None:
     trainer = _trainer_spec(stage.trainer)
-    given = ALWAYS | trainer.gives
+    given = ALWAYS | trainer.gives | ({"values"} if plan.critic else set())
     givers = f"trainer {trainer.name!r} gives {_listed(trainer.gives)}"
+    read = [("loss", stage.loss), *((f"corrections.{place}", each) for place, each in enumerate(stage.corrections))]
+    if stage.critic is not None:
+        read.append(("critic.loss", stage.critic.loss))
     if stage.advantage is not None:
         assert isinstance(stage.advantage.spec, AdvantageSpec)
-        _check_needs(plan, stage, "advantage", stage.advantage, given, givers)
+        if "values" in (missing := needed_columns(stage.advantage) - given):
+            raise _no_values(plan, stage, catalog)
+        if missing:
+            raise _lack(plan, stage, "advantage", stage.advantage, missing, givers)
         given |= stage.advantage.spec.gives
         givers = f"advantage {stage.advantage.spec.name!r} gives {_listed(stage.advantage.spec.gives)}, {givers}"
     else:
         givers = f"there is no advantage, {givers}"
-    _check_needs(plan, stage, "loss", stage.loss, given, givers)
-    for index, correction in enumerate(stage.corrections):
-        _check_needs(plan, stage, f"corrections.{index}", correction, given, givers)
+    for key, component in read:
+        if missing := needed_columns(component) - given:
+            raise _lack(plan, stage, key, component, missing, givers)
 
 
-def _check_needs(plan: Plan, stage: Stage, key: str, component: Component, given: frozenset[str], givers: str) -> None:
+def _no_values(plan: Plan, stage: Stage, catalog: Catalog) -> UserError:
+    assert stage.advantage is not None
+    return UserError(
+        f"{_where(plan, stage, 'advantage.name')}: advantage {stage.advantage.spec.name!r}{_in(plan, stage)} needs "
+        f"values, which a critic gives, but {_no_critic(catalog)}"
+    )
+
+
+def _lack(plan: Plan, stage: Stage, key: str, component: Component, missing: frozenset[str], givers: str) -> UserError:
     spec = component.spec
     assert isinstance(spec, (LossSpec, CorrectionSpec, AdvantageSpec))
-    missing = needed_columns(component) - given
-    if not missing:
-        return
     options = sorted(option for column, option in spec.needs_if.items() if column in missing - spec.needs)
-    switch = f", or switch off {_listed(frozenset(f'{key}.{option}' for option in options))}" if options else ""
-    raise UserError(
+    switch = f", or switch off {_listed(f'{key}.{option}' for option in options)}" if options else ""
+    return UserError(
         f"{_where(plan, stage, f'{key}.name')}: {spec.kind} {spec.name!r}{_in(plan, stage)} needs {_listed(missing)}, "
         f"but {givers}; choose an advantage or a trainer that gives it{switch}"
     )
 
 
-def _listed(names: frozenset[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "nothing"
 
 
@@ -248,6 +333,8 @@ def _check_evaluation(plan: Plan) -> None:
 
 def _check_devices(plan: Plan) -> None:
     parts = [("trainer", plan.trainer.spec, plan.trainer_section.gpus)]
+    if plan.critic is not None and plan.critic_section is not None and not plan.critic_section.shares:
+        parts.append(("critic", plan.critic.spec, plan.critic_section.gpus))
     if plan.engine is not None and plan.engine_section is not None:
         parts.append(("engine", plan.engine.spec, plan.engine_section.gpus))
     for key, spec, gpus in parts:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from miles_core.cluster.members import CollectorMember, EngineMember, TrainerMember, hooks_of
-from miles_core.cluster.session import Member, Place, Session
-from miles_core.config.schema import Plan, Stage
-from miles_core.config.traits import needed_columns, stage_columns
+from miles_core.cluster.members import CollectorMember, EngineMember, Part, TrainerMember, hooks_of
+from miles_core.cluster.session import Call, Member, Place, Session
+from miles_core.config.schema import Component, Plan, Stage
+from miles_core.config.traits import loss_columns, needed_columns, stage_columns
 from miles_core.errors import RunError, UserError, explained
 from miles_core.roles import RunInfo, Tracker
 from miles_core.run import checkpoint
@@ -48,6 +49,11 @@ class BatchRef:
     started: float
     columns: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def teaches_policy(self) -> bool:
+        """Whether it does not only warm the critic up."""
+        return self.step >= self.stage.first_step + self.stage.warmup_steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -65,15 +71,28 @@ class Run:
         self.plan, self.model, self.resumed, self.console = plan, model, resumed, console
         self.step = resumed.step if resumed else 0
         self.session = Session(plan.cluster, _places(plan), plan.folder / "logs")
-        self.info = RunInfo(name=plan.name, folder=plan.folder, config=plan.values, steps=plan.steps)
+        self.info = RunInfo(
+            name=plan.name,
+            folder=plan.folder,
+            config=plan.values,
+            steps=plan.steps,
+            resumed=resumed.step if resumed else None,
+        )
         self.hooks = hooks_of(plan, "driver")
-        self.trackers: list[tuple[str, Tracker]] = [(one.spec.name, built(one, self.info)) for one in plan.trackers]
+        self.trackers = [(one.spec.name, self._tracker(one)) for one in plan.trackers]
         if not any(isinstance(tracker, JsonLines) for _, tracker in self.trackers):
             self.trackers.insert(0, (METRICS_FILE, JsonLines(None, self.info)))
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.trainers: list[Member] = []
+        self.critics: list[Member] = []  # the trainers themselves, if the critic shares their ranks
         self.engines: list[Member] = []
         self._begun: int | None = None  # the stage that the trainers and the collector are in
+        self._critic_begun: int | None = None  # that of the critic, which sits out stages without values
+
+    def _tracker(self, component: Component) -> Tracker:
+        with _blaming(f"tracker {component.spec.name}"):
+            tracker: Tracker = built(component, self.info)
+            return tracker
 
     # ---- Start and end -------------------------------------------------------------------------------------------
 
@@ -101,10 +120,20 @@ class Run:
 
     def _spawn(self) -> None:
         plan = self.plan
+        shares = plan.critic_section is not None and plan.critic_section.shares
         self.trainers = [
-            self.session.spawn(TrainerMember, f"trainer {rank}", plan, rank)
+            self.session.spawn(TrainerMember, f"trainer {rank}", plan, rank, ("policy", "critic")[: 1 + shares])
             for rank in range(plan.trainer_section.world_size)
         ]
+        if plan.critic_section is not None:
+            self.critics = (
+                self.trainers
+                if shares
+                else [
+                    self.session.spawn(TrainerMember, f"critic {rank}", plan, rank, ("critic",))
+                    for rank in range(plan.critic_section.world_size)
+                ]
+            )
         if plan.engine_section is not None:
             self.engines = [
                 self.session.spawn(EngineMember, f"engine {index}", plan, index, self.model)
@@ -114,9 +143,19 @@ class Run:
         self.collector = self.session.spawn(CollectorMember, "collector", plan, self.model, handles)
 
     async def _start_trainers(self) -> None:
-        address = await self.session.ask(self.trainers[0], "address")
         reference = any("ref_logprobs" in stage_columns(stage) for stage in self.plan.stages)
-        await self.session.ask_all(self.trainers, "start", address, self.model, reference)
+        parts: list[tuple[Part, Sequence[Member], bool]] = [("policy", self.trainers, reference)]
+        if self.critics is self.trainers:  # in their processes, where the critic finds the trainer's process group
+            await self._start(*parts[0])
+            await self._start("critic", self.critics, False)
+            return
+        if self.critics:
+            parts.append(("critic", self.critics, False))
+        await asyncio.gather(*(self._start(*part) for part in parts))
+
+    async def _start(self, part: Part, members: Sequence[Member], reference: bool) -> None:
+        address = await self.session.ask(members[0], "address")
+        await self.session.ask_all(members, "start", part, address, self.model, reference)
 
     async def _start_engines(self) -> None:
         if self.engines:
@@ -138,12 +177,37 @@ class Run:
         self._begun = stage
         await self.session.gather(
             [
-                *((trainer, "begin", (stage,)) for trainer in self.trainers),
+                *((trainer, "begin", ("policy", stage)) for trainer in self.trainers),
                 (self.collector, "begin", (stage, self.step, folder)),
             ]
         )
+        await self._begin_critic(stage, resumed=folder is not None)
         if folder is not None:
-            await self.session.ask_all(self.trainers, "restore", folder / "trainer")
+            await self.session.ask_all(self.trainers, "restore", "policy", folder / "trainer")
+            if self._critic_begun is not None:
+                await self.session.ask_all(self.critics, "restore", "critic", folder / "critic")
+
+    async def _begin_critic(self, stage: int, *, resumed: bool) -> None:
+        """The critic begins a stage that has one, and waits during others. A checkpoint holds what it is in the last
+        one that it has begun."""
+        first = 0 if resumed else stage
+        known = [index for index in range(first, stage + 1) if self.plan.stages[index].critic is not None]
+        if not known:
+            return
+        if self._critic_begun is None and not resumed and stage > 0:
+            await self._hand_over()
+        self._critic_begun = known[-1]
+        await self.session.ask_all(self.critics, "begin", "critic", known[-1])
+
+    async def _hand_over(self) -> None:
+        """A critic that begins after the first stage takes over what the policy has learnt."""
+        folder = self.plan.folder / ".policy-for-critic"
+        folder.mkdir(exist_ok=True)
+        try:
+            await self.session.ask_all(self.trainers, "save_pretrained", folder)
+            await self.session.ask_all(self.critics, "load_pretrained", folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     async def finish(self) -> None:
         """The policy for transformers."""
@@ -206,24 +270,28 @@ class Run:
                 return answer
 
     async def reference(self, batch: BatchRef) -> BatchRef:
-        """The batch with the columns that only the trainer can compute."""
-        columns = {}
-        for name in sorted(self._columns(batch.stage)):
-            with self._timed("train"):
-                answers = await self.session.ask_all(
-                    self.trainers, "logprobs", batch.ref, FROM_TRAINER[name], batch.step
-                )
-            columns[name] = answers[0]
-        return replace(batch, columns=columns)
+        """The batch with the columns that only the trainer and the critic can compute."""
+        calls: list[Call] = []
+        first: dict[str, int] = {}  # a column comes from the first rank
+        for name in sorted(self._columns(batch)):
+            first[name] = len(calls)
+            if name == "values":
+                calls += [(critic, "values", (batch.ref, batch.step)) for critic in self.critics]
+            else:
+                asked = (batch.ref, FROM_TRAINER[name], batch.step)
+                calls += [(trainer, "logprobs", asked) for trainer in self.trainers]
+        with self._timed("train"):
+            answers = await self.session.gather(calls) if calls else []
+        return replace(batch, columns={name: answers[place] for name, place in first.items()})
 
-    def _columns(self, stage: Stage) -> frozenset[str]:
+    def _columns(self, batch: BatchRef) -> frozenset[str]:
         """While there is one optimizer step a batch, a loss's old log-probabilities are the policy's own: no pass."""
-        needed = stage_columns(stage) & FROM_TRAINER.keys()
-        schedule = stage.schedule
-        single = schedule.updates_per_batch * schedule.minibatches == 1
-        if single and not (stage.advantage and "old_logprobs" in needed_columns(stage.advantage)):
-            needed -= {"old_logprobs"}
-        return needed
+        stage = batch.stage
+        needed = needed_columns(stage.advantage) if stage.advantage is not None else frozenset()
+        if batch.teaches_policy:
+            single = stage.schedule.updates_of_a_batch == 1
+            needed |= loss_columns(stage) - ({"old_logprobs"} if single else set())
+        return needed & {*FROM_TRAINER, "values"}
 
     async def advantage(self, batch: BatchRef) -> BatchRef:
         """The batch with advantages and weights."""
@@ -233,11 +301,22 @@ class Run:
         return replace(batch, ref=ref, metrics={**batch.metrics, **metrics})
 
     async def update(self, batch: BatchRef) -> Report:
-        """One or more optimizer steps."""
-        passes = batch.stage.schedule.updates_per_batch
-        answers = await self.session.ask_all(self.trainers, "update", batch.ref, batch.step, passes)
-        self.seconds["train"] += answers[0].get("train_seconds", 0.0)
-        return Report(version=batch.step + 1, batch=batch, metrics=answers[0])
+        """One or more optimizer steps of the policy and of the critic, side by side if they are on different ranks."""
+        asked = (batch.ref, batch.step, batch.stage.schedule.updates_per_batch)
+        policy = self.trainers if batch.teaches_policy else []
+        critic = self.critics if batch.stage.critic is not None else []
+        answers = await self.session.gather(
+            [
+                *((trainer, "update", ("policy", *asked)) for trainer in policy),
+                *((rank, "update", ("critic", *asked)) for rank in critic),
+            ]
+        )
+        of_policy: dict[str, float] = dict(answers[0]) if policy else {}
+        of_critic: dict[str, float] = dict(answers[len(policy)]) if critic else {}
+        times = [found.pop("train_seconds", 0.0) for found in (of_policy, of_critic)]
+        self.seconds["train"] += sum(times) if self.critics is self.trainers else max(times)
+        metrics = of_policy | {f"critic/{name}": value for name, value in of_critic.items() if name != "tokens"}
+        return Report(version=batch.step + 1, batch=batch, metrics=metrics)
 
     async def publish(self, version: int) -> None:
         """All engines generate with these weights from now on."""
@@ -275,7 +354,7 @@ class Run:
         return {
             "stage": float(self.plan.stages.index(report.batch.stage)),
             **report.batch.metrics,
-            **{name: value for name, value in report.metrics.items() if name != "train_seconds"},
+            **report.metrics,
             "tokens_per_second": tokens / total if total else 0.0,
             **{f"seconds/{name}": value for name, value in seconds.items()},
         }
@@ -306,13 +385,17 @@ class Run:
             async with Saving(self.plan.folder, final) as folder:
                 await self.session.gather(
                     [
-                        *((trainer, "save", (folder / "trainer",)) for trainer in self.trainers),
+                        *((trainer, "save", ("policy", folder / "trainer")) for trainer in self.trainers),
+                        *((critic, "save", ("critic", folder / "critic")) for critic in self._critics_to_save()),
                         (self.collector, "save", (folder,)),
                     ]
                 )
                 checkpoint.write_state(folder, {"step": self.step, "plugins": self.plan.plugin_set})
             checkpoint.keep_newest(self.plan.folder, self.plan.checkpoint.keep)
         self._tell("checkpoint_saved", step=self.step, path=final)
+
+    def _critics_to_save(self) -> Sequence[Member]:
+        return self.critics if self._critic_begun is not None else []
 
     # ---- Observers -------------------------------------------------------------------------------------------------
 
@@ -355,6 +438,9 @@ def _places(plan: Plan) -> dict[str, Place]:
     places = {
         f"trainer {rank}": Place(cpus=trainer.threads, gpus=int(trainer.gpus > 0)) for rank in range(trainer.world_size)
     }
+    if (critic := plan.critic_section) is not None:
+        place = Place(cpus=critic.threads, gpus=int(critic.gpus > 0))
+        places |= {f"critic {rank}": place for rank in range(critic.world_size)}
     if engine is not None:
         places |= {f"engine {index}": Place(cpus=engine.threads, gpus=engine.gpus) for index in range(engine.count)}
     return {**places, "collector": Place(cpus=1)}

@@ -22,7 +22,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from miles_core.config.schema import OldPolicy, Stage
-from miles_core.config.traits import loss_columns
+from miles_core.config.traits import loss_columns, needed_columns
 from miles_core.roles import Correction, CorrectionInputs, Loss, LossInputs, LossOutputs, TrainStage
 from miles_core.specs import LossSpec
 
@@ -69,8 +69,23 @@ def train_stage(stage: Stage) -> TrainStage:
         loss_options=options,
         entropy=spec.entropy_if is not None and bool(getattr(options, spec.entropy_if)),
         needs=loss_columns(stage),
-        optimizer_steps=stage.schedule.optimizer_steps,
+        optimizer_steps=stage.schedule.optimizer_steps - stage.warmup_steps * stage.schedule.updates_of_a_batch,
         options=stage.trainer.options,
+    )
+
+
+def critic_stage(stage: Stage) -> TrainStage:
+    """What the critic does in a stage. Imports its loss."""
+    assert stage.critic is not None
+    loss = stage.critic.loss
+    return TrainStage(
+        name=stage.name,
+        loss=resolve_name(loss.spec.ref),
+        loss_options=loss.options,
+        entropy=False,
+        needs=needed_columns(loss),
+        optimizer_steps=stage.schedule.optimizer_steps,
+        options=stage.critic.trainer.options,
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from miles_core.config import schema, traits
 from miles_core.config.build import build, plain
-from miles_core.config.components import SectionReader, as_table, build_options, completed
+from miles_core.config.components import Built, SectionReader, as_table, build_component, build_options, completed
 from miles_core.config.layers import RunSource, check_effect, read_run, read_run_file
 from miles_core.config.model import find_family, read_config
 from miles_core.config.source import Key, Node, dotted, item_name, merge, toml_text
@@ -43,12 +43,13 @@ from miles_core.specs import (
 
 STAGE_KEYS = (
     "schedule", "sampling", "data", "rollout", "reward", "filters", "advantage", "loss", "corrections", "trainer",
+    "critic",
 )  # fmt: skip
 """What a stage may set for itself, over what is set for all stages."""
 
 RUN_KEYS = (
-    "name", "folder", "seed", "model", "engine", "trainer", "evaluation", "checkpoint", "publish", "cluster",
-    "plugins", "callbacks", "trackers", "stages",
+    "name", "folder", "seed", "model", "engine", "trainer", "critic", "evaluation", "checkpoint", "publish",
+    "cluster", "plugins", "callbacks", "trackers", "stages",
 )  # fmt: skip
 """What is the same for the whole run."""
 
@@ -57,7 +58,11 @@ DEFAULT_STAGE = "train"
 RUN_FILE = "run.toml"
 MANIFEST = "manifest.json"
 
-_TRAINER_KEYS = frozenset(field.name for field in dataclasses.fields(schema.TrainerSection))
+_OF_THE_RUN = {
+    "trainer": frozenset(field.name for field in dataclasses.fields(schema.TrainerSection)),
+    "critic": frozenset(field.name for field in dataclasses.fields(schema.CriticSection)) - {"warmup_steps"},
+}
+"""Keys of sections that a stage may change, which it may not."""
 
 
 def make_plan(target: str, overrides: Sequence[str], catalog: Catalog) -> schema.Plan:
@@ -109,7 +114,14 @@ class _Planner:
         read.section("plugins", schema.PluginsSection)
         callbacks = read.components("callbacks", CallbackSpec)
         trackers = read.components("trackers", TrackerSpec)
-        stages = self._stages(read, trainer.component)
+        critic = self._critic(read)
+        self.trainer, self.critic = trainer.component, critic.component if critic else None
+        stages = self._stages(read)
+        if self.critic is not None and all(stage.critic is None for stage in stages):
+            raise UserError(
+                f"{self.doc.value['critic'].origin}: there is a critic, but no advantage reads its values; remove "
+                f"[critic], or choose an advantage that reads them ({traits.reading_values(self.catalog)})"
+            )
         tree = Node(read.tree, self.doc.origin)
         check_effect(self.source, _effective(tree), [stage.name for stage in stages if "stages" in read.tree])
         plan = schema.Plan(
@@ -121,6 +133,8 @@ class _Planner:
             engine_section=engine.section if engine else None,
             trainer=trainer.component,
             trainer_section=trainer.section,
+            critic=self.critic,
+            critic_section=critic.section if critic else None,
             sync=None,
             evaluation=evaluation,
             checkpoint=checkpoint,
@@ -156,19 +170,31 @@ class _Planner:
         read.tree |= completed(plain(run), Node(given, self.doc.origin)).value
         return run
 
-    def _stages(self, read: SectionReader, trainer: schema.Component) -> tuple[schema.Stage, ...]:
+    def _critic(self, read: SectionReader) -> Built | None:
+        """The run's critic, with the options that the stages share."""
+        if "critic" not in self.doc.value:
+            return None
+        table = _over_trainer(as_table(self.doc.value["trainer"]), as_table(self.doc.value["critic"]))
+        options = Node({key: node for key, node in table.value.items() if key != "loss"}, table.origin)
+        built = build_component(TrainerSpec, options, ("critic",), self.catalog, schema.CriticSection)
+        read.tree["critic"] = built.node
+        return built
+
+    def _stages(self, read: SectionReader) -> tuple[schema.Stage, ...]:
         shared = self._shared()
         given = self.doc.value.get("stages")
         if given is None:
-            stage, tree = self._stage(DEFAULT_STAGE, shared, (), 0, trainer)
-            read.tree |= {**tree, "trainer": read.tree["trainer"]}
+            stage, tree = self._stage(DEFAULT_STAGE, shared, (), 0)
+            for key in _OF_THE_RUN.keys() & tree.keys():
+                tree[key] = Node({**read.tree[key].value, **tree[key].value}, read.tree[key].origin)
+            read.tree |= tree
             return (stage,)
         stages: list[schema.Stage] = []
         trees: list[Node] = []
         for name, table in _stage_tables(given).items():
             own = Node({key: node for key, node in table.value.items() if key != "name"}, table.origin)
             first = stages[-1].last_step if stages else 0
-            stage, tree = self._stage(name, merge(shared, own), ("stages", name), first, trainer)
+            stage, tree = self._stage(name, merge(shared, own), ("stages", name), first)
             stages.append(stage)
             trees.append(Node({"name": table.value["name"], **tree}, table.origin))
         read.tree["stages"] = Node(trees, given.origin)
@@ -180,13 +206,12 @@ class _Planner:
         rollout = shared.get("rollout", Node({}, "default"))
         if isinstance(rollout.value, dict):
             shared["rollout"] = Node({"name": Node(DEFAULT_ROLLOUT, "default"), **rollout.value}, rollout.origin)
-        options = {key: node for key, node in shared["trainer"].value.items() if key not in _TRAINER_KEYS}
-        shared["trainer"] = Node(options, shared["trainer"].origin)
+        for key in _OF_THE_RUN.keys() & shared.keys():
+            options = {name: node for name, node in shared[key].value.items() if name not in _OF_THE_RUN[key]}
+            shared[key] = Node(options, shared[key].origin)
         return Node(shared, self.doc.origin)
 
-    def _stage(
-        self, name: str, table: Node, at: Key, first_step: int, trainer: schema.Component
-    ) -> tuple[schema.Stage, dict[str, Node]]:
+    def _stage(self, name: str, table: Node, at: Key, first_step: int) -> tuple[schema.Stage, dict[str, Node]]:
         """A stage, and its part of the resolved run file."""
         read = SectionReader(table, at, self.catalog)
         schedule = read.section("schedule", schema.Schedule)
@@ -198,9 +223,8 @@ class _Planner:
         advantage = read.optional("advantage", AdvantageSpec)
         loss = read.component("loss", LossSpec, schema.LossSection)
         corrections = [one.component for one in read.components("corrections", CorrectionSpec)]
-        trainer = dataclasses.replace(
-            trainer, options=build_options(trainer.spec, table.value["trainer"], (*at, "trainer"))
-        )
+        options = build_options(self.trainer.spec, table.value["trainer"], (*at, "trainer"))
+        trainer = dataclasses.replace(self.trainer, options=options)
         read.tree["trainer"] = completed(plain(trainer.options) or {}, table.value["trainer"])
         if not traits.generates(rollout.component):
             corrections = []
@@ -222,17 +246,48 @@ class _Planner:
             loss_section=loss.section,
             corrections=tuple(corrections),
             trainer=trainer,
+            critic=self._stage_critic(read) if advantage and traits.reads_values(advantage.component) else None,
         )
         return stage, read.tree
+
+    def _stage_critic(self, read: SectionReader) -> schema.StageCritic | None:
+        """The critic in a stage whose advantage reads values."""
+        if self.critic is None:
+            return None
+        at, table = (*read.at, "critic"), read.table.value["critic"]
+        said = table.origin
+        if self.critic.spec == self.trainer.spec:
+            table = merge(read.table.value["trainer"], table, ("critic",))
+        of_loss = SectionReader(table, at, self.catalog)
+        loss = of_loss.optional("loss", LossSpec)
+        if loss is None:
+            raise UserError(f"{said}: {dotted(at)} has no loss; add {traits.critic_loss_line(self.catalog)}")
+        name = Node(f"{self.critic.plugin}:{self.critic.spec.name}", table.origin)
+        others = {key: node for key, node in table.value.items() if key != "loss"}
+        built = build_component(
+            TrainerSpec, Node({**others, "name": name}, table.origin), at, self.catalog, schema.CriticSection
+        )
+        kept = {key: node for key, node in built.node.value.items() if key not in _OF_THE_RUN["critic"]}
+        read.tree["critic"] = Node({**kept, **of_loss.tree}, table.origin)
+        return schema.StageCritic(trainer=built.component, loss=loss.component, warmup_steps=built.section.warmup_steps)
+
+
+def _over_trainer(trainer: Node, critic: Node) -> Node:
+    """`[critic]` over what it takes from `[trainer]`, unless another trainer trains it."""
+    taken = {key: node for key, node in trainer.value.items() if key == "name" or key not in _OF_THE_RUN["trainer"]}
+    return merge(Node(taken, critic.origin), critic, ("critic",))
 
 
 def _effective(tree: Node) -> Node:
     """The resolved run without the trainer options that the stages share; each stage repeats those that hold."""
     if "stages" not in tree.value:
         return tree
-    trainer = tree.value["trainer"]
-    kept = {key: node for key, node in trainer.value.items() if key in _TRAINER_KEYS}
-    return Node({**tree.value, "trainer": Node(kept, trainer.origin)}, tree.origin)
+    kept = {}
+    for key in _OF_THE_RUN.keys() & tree.value.keys():
+        section = tree.value[key]
+        own = {name: node for name, node in section.value.items() if name in _OF_THE_RUN[key]}
+        kept[key] = Node(own, section.origin)
+    return Node({**tree.value, **kept}, tree.origin)
 
 
 def _check_keys(table: Node, at: Key, known: Sequence[str]) -> None:
@@ -258,17 +313,18 @@ def _stage_tables(given: Node) -> dict[str, Node]:
             raise UserError(f"{table.origin}: there is a stage {name!r} already; give this one another name")
         stages[name] = table
         _check_keys(table, ("stages", name), ("name", *STAGE_KEYS))
-        _check_stage_trainer(table, name)
+        for section in _OF_THE_RUN:
+            _check_section_of_stage(table, name, section)
     return stages
 
 
-def _check_stage_trainer(table: Node, name: str) -> None:
-    given = table.value.get("trainer", Node({}, ""))
+def _check_section_of_stage(table: Node, name: str, section: str) -> None:
+    given = table.value.get(section, Node({}, ""))
     for key in given.value if isinstance(given.value, dict) else ():
-        if key in _TRAINER_KEYS:
+        if key in _OF_THE_RUN[section]:
             raise UserError(
-                f"{given.value[key].origin}: stages.{name}.trainer.{key} cannot be set: it is the same for all "
-                f"stages; set trainer.{key}"
+                f"{given.value[key].origin}: stages.{name}.{section}.{key} cannot be set: it is the same for all "
+                f"stages; set {section}.{key}"
             )
 
 
@@ -313,10 +369,11 @@ def _find_sync(plan: schema.Plan, catalog: Catalog) -> schema.Component | None:
 
 def _components(plan: schema.Plan) -> list[schema.Component]:
     """Every component of a plan."""
-    whole = [plan.engine, plan.trainer, plan.sync, *plan.callbacks, *plan.trackers]
+    whole = [plan.engine, plan.trainer, plan.critic, plan.sync, *plan.callbacks, *plan.trackers]
     for stage in plan.stages:
         whole += [stage.data, stage.rollout, stage.advantage, stage.loss, *stage.corrections, *stage.filters]
         whole += [reward for reward, _ in stage.rewards]
+        whole += [stage.critic.loss] if stage.critic else []
     return [component for component in whole if component is not None]
 
 

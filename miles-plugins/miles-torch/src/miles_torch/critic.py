@@ -38,14 +38,18 @@ class ValueNetwork(Policy):
     """A causal language model whose head is replaced, called with a micro-batch. seed: of the new head's weights."""
 
     def __init__(self, model: Any, seed: int) -> None:
-        super().__init__(model)  # with its own head, by which it is found out how it has to be run
+        super().__init__(model)  # while it has its own head, by which it is found out how it has to be run
         setattr(model, HEAD, _head(_without_head(model), seed))
 
-    def forward(self, micro: MicroBatch, temperature: float = 1.0, entropy: bool = False) -> tuple[Tensor, None]:
+    def forward(
+        self, micro: MicroBatch, temperature: float = 1.0, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Values of the trained tokens, float32 [T]. There is no temperature to values, and no entropy."""
+        if not hasattr(self.model, HEAD):
+            return super().forward(micro, temperature, entropy)
         hidden, _ = self._packed(micro) if self.packed else self._padded(micro)
         head: Tensor = getattr(self.model, HEAD).weight
-        return F.linear(hidden[micro.sources].float(), head.float())[:, 0], None
+        return F.linear(hidden.float(), head.float())[:, 0], None
 
 
 def _without_head(model: Any) -> int:
