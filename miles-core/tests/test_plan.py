@@ -994,6 +994,20 @@ def test_a_reference_a_dtype_and_gpus_count() -> None:
     assert engine.memory["weights"] == 1000 * 64 * 2 // 2
 
 
+def test_a_critic_counts_where_it_is() -> None:
+    flags = ["model.config.vocab_size=1000", "model.config.hidden_size=128", "trainer.ranks=4"]
+    *_, trainer = estimate(plan_of(ACTING, *flags), catalog()).processes
+    assert {name: size for name, size in trainer.memory.items() if name.startswith("critic")} == {
+        "critic's weights": 128_000,
+        "critic's gradients": 128_000,
+        "critic's AdamW moments": 256_000,
+    }
+    *_, trainer, critic = estimate(plan_of(ACTING, *flags, "critic.ranks=2"), catalog()).processes
+    assert set(trainer.memory) == {"weights", "gradients", "AdamW moments"}
+    assert (critic.name, critic.count) == ("critic rank", 2)
+    assert critic.memory == {"weights": 256_000, "gradients": 256_000, "AdamW moments": 512_000}
+
+
 @pytest.mark.parametrize(
     ("architectures", "path", "reason"),
     [

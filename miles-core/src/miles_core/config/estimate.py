@@ -2,7 +2,8 @@
 
 Per rank of the trainer, P parameters over R ranks take 4 P / R bytes each for weights, gradients and the two moments
 of AdamW, all float32, and 4 P / R more where a frozen reference is kept. (Mixed precision takes as much: 2 + 2 + 4 + 8
-bytes a parameter.) An engine over G GPUs holds P / G weights of its dtype, and keys and values of
+bytes a parameter.) A critic takes about as much as a policy, on the trainer's ranks or its own. An engine over G GPUs
+holds P / G weights of its dtype, and keys and values of
 
     2 * layers * key-value heads * head dimension * bytes
 
@@ -69,6 +70,12 @@ def estimate(plan: Plan, catalog: Catalog) -> Estimate:
             memory=_trainer_memory(plan, parameters) if parameters else {},
         )
     )
+    if (critic := plan.critic_section) is not None and not critic.shares:
+        memory = _trained(parameters, critic.world_size) if parameters else {}
+        gpus = 1 if critic.gpus else 0
+        processes.append(
+            Processes(name="critic rank", count=critic.world_size, gpus=gpus, threads=critic.threads, memory=memory)
+        )
     return Estimate(processes=tuple(processes), parameters=parameters, unknown=unknown)
 
 
@@ -87,11 +94,19 @@ def _parameters(plan: Plan, config: Mapping[str, Any] | None, catalog: Catalog) 
 
 
 def _trainer_memory(plan: Plan, parameters: int) -> dict[str, int]:
-    share = math.ceil(FLOAT32 * parameters / plan.trainer_section.world_size)
-    memory = {"weights": share, "gradients": share, "AdamW moments": 2 * share}
+    memory = _trained(parameters, plan.trainer_section.world_size)
     if any("ref_logprobs" in stage_columns(stage) for stage in plan.stages):
-        memory["reference weights"] = share
+        memory["reference weights"] = memory["weights"]
+    if plan.critic_section is not None and plan.critic_section.shares:
+        critic = _trained(parameters, plan.trainer_section.world_size)
+        memory |= {f"critic's {what}": size for what, size in critic.items()}
     return memory
+
+
+def _trained(parameters: int, ranks: int) -> dict[str, int]:
+    """A model with its gradients and moments, sharded."""
+    share = math.ceil(FLOAT32 * parameters / ranks)
+    return {"weights": share, "gradients": share, "AdamW moments": 2 * share}
 
 
 def _engine_memory(plan: Plan, config: Mapping[str, Any], parameters: int) -> dict[str, int]:

@@ -284,8 +284,7 @@ class Collector:
         """The batch with the trainer's columns, its advantages and its weights. Runs in a thread."""
         batch = apply_advantage(batch.with_columns(**columns), self.stage.advantage)
         batch = aggregate(batch, self.stage.loss_section, self.stage.schedule.minibatches)
-        trained = float(np.count_nonzero(batch["mask"]))
-        return batch, {"trained_tokens": trained}
+        return batch, {"trained_tokens": float(np.count_nonzero(batch["mask"])), **_explained(batch)}
 
     # ---- Evaluation ------------------------------------------------------------------------------------------------
 
@@ -330,6 +329,17 @@ class Collector:
         progress.position, progress.again = state["position"], sorted(state["again"])
         for group, (version, samples) in groups.items():
             progress.begun[group], progress.done[group] = version, samples
+
+
+def _explained(batch: Batch) -> dict[str, float]:
+    """How much of the returns the critic knew: 1 - variance(returns - values) / variance(returns) over trained tokens;
+    0 is what one number for all would know. Left out without a critic, and where all returns are equal."""
+    if "values" not in batch or "returns" not in batch:
+        return {}
+    returns, values = batch["returns"][batch["mask"]], batch["values"][batch["mask"]]
+    if not len(returns) or not returns.var():
+        return {}
+    return {"critic/explained_variance": float(1 - (returns - values).var() / returns.var())}
 
 
 def _scores(stage: Stage) -> bool:

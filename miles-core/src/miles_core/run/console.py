@@ -57,7 +57,11 @@ class Console:
         """The head of a run."""
         plan = self._plan
         engines = f", {plan.engine_section.count} engine(s)" if plan.engine_section else ""
-        self.say(f"run {plan.name}: {plan.steps} steps, {plan.trainer_section.world_size} trainer rank(s){engines}")
+        critics = (
+            f", {count} critic rank(s)" if plan.critic_section and (count := plan.critic_section.world_size) else ""
+        )
+        ranks = f"{plan.trainer_section.world_size} trainer rank(s){critics}"
+        self.say(f"run {plan.name}: {plan.steps} steps, {ranks}{engines}")
         since = f", resumed at step {resumed}" if resumed is not None else ""
         self.evaluations = [line for line in read_metrics(plan.folder) if "eval/reward" in line[1]]
         self.say(f"folder {_short(plan.folder)}{since}", "dim")
@@ -77,6 +81,7 @@ class Console:
         shown = (
             ("reward", "reward", ".3f"),
             ("loss", "loss", ".4f"),
+            ("critic/value_loss", "value loss", ".4f"),
             ("kl", "kl", ".4f"),
             ("mismatch/logprob_abs", "mismatch", ".1e"),
             ("tokens_per_second", "tok/s", ",.0f"),

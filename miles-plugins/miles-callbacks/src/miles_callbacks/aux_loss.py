@@ -34,8 +34,10 @@ class AuxLossProbe:
         self._total: Any = 0.0
         self._handle: Any = None
 
-    def before_train_step(self, model: Any, batch: Batch) -> None:
-        """Listens to the logits."""
+    def before_train_step(self, context: TrainerContext, model: Any, batch: Batch) -> None:
+        """Listens to the logits, which a critic has none of."""
+        if context.role == "critic":
+            return
         self._tokens, self._total = int(batch["mask"].sum()), 0.0
         module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if module is not None and self._tokens:

@@ -51,7 +51,7 @@ class NanGuard:
 
     def step_end(self, run: RunInfo, step: int, metrics: Mapping[str, float]) -> None:
         """In the driver."""
-        if skipped := metrics.get("skipped_steps"):
+        if skipped := sum(metrics.get(name, 0.0) for name in ("skipped_steps", "critic/skipped_steps")):
             _log.warning("nan-guard: step %d: %d optimizer steps skipped; see %s", step, skipped, run.folder / "logs")
 
 
