@@ -137,7 +137,14 @@ def batch_logprobs(model: Any, batch: Batch) -> Tensor:
 
 
 def engine_context(
-    model: Path, gpus: int, *, folder: Path, index: int = 0, max_tokens: int = 320, hooks: Any = None
+    model: Path,
+    gpus: int,
+    *,
+    folder: Path,
+    index: int = 0,
+    max_tokens: int = 320,
+    hooks: Any = None,
+    frozen: bool = False,
 ) -> EngineContext:
     """An engine of one thread or one GPU."""
     return EngineContext(
@@ -150,6 +157,7 @@ def engine_context(
         seed=0,
         folder=folder,
         hooks=hooks,
+        frozen=frozen,
     )
 
 

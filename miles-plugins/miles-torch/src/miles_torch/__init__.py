@@ -27,7 +27,7 @@ def miles_engines() -> Iterable[EngineSpec]:
         name="torch",
         ref="miles_torch.engine:TorchEngine",
         options="miles_torch.engine_options:EngineOptions",
-        features=frozenset({"seeds"}),
+        features=frozenset({"seeds", "scores"}),
         pause_modes=frozenset({"drain", "abort", "retract", "in-place"}),
         summary="Continuous batched sampling of any transformers causal language model, from one CPU up.",
     )

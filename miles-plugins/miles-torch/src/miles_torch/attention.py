@@ -87,9 +87,10 @@ class KVCache:
 
 @dataclass
 class Prefill:
-    """Whole sequences packed end to end: sequence i is tokens bounds[i] to bounds[i + 1] and goes to row rows[i]."""
+    """Whole sequences packed end to end: sequence i is tokens bounds[i] to bounds[i + 1] and goes to row rows[i],
+    if there is a cache."""
 
-    cache: KVCache
+    cache: KVCache | None
     bounds: Sequence[int]
     rows: Sequence[int]
 
@@ -204,21 +205,27 @@ def attend(step: Prefill | Decode, index: int, query: Tensor, key: Tensor, value
 
     query [T, Hq, D], key [T, Hk, D], value [T, Hk, Dv] of the step's tokens (T = B when decoding) -> [T, Hq, Dv].
     """
-    buffers = step.cache.layer(index, key, value)
     if isinstance(step, Prefill):
-        return _prefill(step, buffers, query, key, value, terms)
-    return _decode(step, buffers, query, key, value, terms)
+        if step.cache is not None:
+            _keep(step, step.cache.layer(index, key, value), key, value)
+        return _prefill(step, query, key, value, terms)
+    return _decode(step, step.cache.layer(index, key, value), query, key, value, terms)
 
 
 _Buffers = tuple[Tensor, Tensor]
 
 
-def _prefill(step: Prefill, buffers: _Buffers, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
-    """Each sequence by itself, so nothing is padded or masked away."""
-    parts = []
+def _keep(step: Prefill, buffers: _Buffers, key: Tensor, value: Tensor) -> None:
+    """Writes each sequence's keys and values into its row."""
     for row, (start, end) in zip(step.rows, pairwise(step.bounds), strict=True):
         for buffer, new in zip(buffers, (key, value), strict=True):
             buffer[row, :, : end - start] = new[start:end].transpose(0, 1)
+
+
+def _prefill(step: Prefill, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
+    """Each sequence by itself, so nothing is padded or masked away."""
+    parts = []
+    for start, end in pairwise(step.bounds):
         one, keys, values = (new[start:end].transpose(0, 1).unsqueeze(0) for new in (query, key, value))
         parts.append(_causal(one, keys, values, terms).squeeze(0).transpose(0, 1))
     return torch.cat(parts)

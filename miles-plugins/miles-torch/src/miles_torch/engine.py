@@ -13,18 +13,19 @@ from transformers import AutoTokenizer
 
 from miles_core.errors import UserError
 from miles_core.roles import EngineContext, PauseMode, Tokenizer
-from miles_core.sample import Completion, Request
+from miles_core.sample import Completion, Request, ScoreRequest, Scores
 from miles_torch.engine_model import EngineModel
 from miles_torch.engine_options import EngineOptions
 from miles_torch.generator import Generation, Generator, PromptState
 from miles_torch.scheduler import Answer, Job, Scheduler
+from miles_torch.scoring import score
 from miles_torch.stopping import StopRule, end_tokens
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 class TorchEngine:
-    """`miles_core.roles.Engine` for any transformers decoder, on one device.
+    """`miles_core.roles.ScoringEngine` for any transformers decoder, on one device.
 
     version: of the weights, -1 before the first. Requests of one `generate` call enter together, so on an idle engine
     the same requests and weights give the same completions bit for bit, whenever they come. An engine that fails says
@@ -59,6 +60,8 @@ class TorchEngine:
             dtype=getattr(torch, self.context.dtype),
             max_tokens=self.context.max_tokens,
         )
+        if self.context.frozen:
+            self._model.load_pretrained(folder)
         return Generator(self._model, self.options.max_batch)
 
     @property
@@ -67,8 +70,11 @@ class TorchEngine:
         return self._scheduler.busy_seconds
 
     async def start(self) -> None:
-        """Builds the model; its weights have to be published before anything generates."""
+        """Builds the model; unless they are frozen, its weights have to be published before anything generates."""
         await asyncio.wrap_future(self._scheduler.start())
+        if self.context.frozen:
+            self.version = 0
+            self._scheduler.set_version(0)
         if self.context.hooks is not None:
             self.context.hooks.engine_started(context=self.context)
 
@@ -123,6 +129,15 @@ class TorchEngine:
         limit = min(sampling.max_new_tokens, self.context.max_tokens - length)
         prompt = PromptState(request.tokens)
         return [Generation.of(prompt, sampling, stop, seed, limit) for seed in request.seeds]
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
+        """See `miles_core.roles.ScoringEngine`. `UserError` for a request that cannot be. What generates waits."""
+        assert self.version >= 0, "score() comes after weights"
+        scores: list[Scores] = []
+        longest = self.context.max_tokens
+        work = self._scheduler.work(lambda generator: scores.extend(score(generator.model, requests, longest)))
+        await asyncio.wrap_future(work)
+        return scores
 
     def _stop_rule(self, token_ids: tuple[int, ...], strings: tuple[str, ...]) -> StopRule:
         """One rule for all requests that stop alike, since a rule remembers what it knows of tokens."""

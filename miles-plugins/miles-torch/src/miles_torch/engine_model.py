@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from miles_core.errors import UserError, nearest
 from miles_torch import attention, probe
@@ -28,7 +29,7 @@ _NO_INTERFACE = "its layers do not all call the attention interface of transform
 class EngineModel:
     """A causal language model on one device that computes logits over a static cache.
 
-    folder: a Hugging Face folder; only its config.json is read. vocabulary: rows of the embedding.
+    folder: a Hugging Face folder; its config.json alone is read at first. vocabulary: rows of the embedding.
     """
 
     def __init__(self, folder: Path, *, device: torch.device, dtype: torch.dtype, max_tokens: int) -> None:
@@ -79,6 +80,16 @@ class EngineModel:
                 place.copy_(tensor)
                 self._missing.discard(self._names[name])
 
+    def load_pretrained(self, folder: Path) -> None:
+        """Takes over the weights of a Hugging Face folder. `UserError` if there are none."""
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(f"{folder} has no weights (*.safetensors), so there is nothing to score with.")
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+        dtype = next(self.module.parameters()).dtype
+        tensors = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True).state_dict()
+        self.load(list(tensors), list(tensors.values()))
+        self.finish_load()
+
     def finish_load(self) -> None:
         """All weights of a version should be here, tied ones under any of their names; `UserError` otherwise."""
         missing = sorted(self._missing)
@@ -103,12 +114,17 @@ class EngineModel:
             self.module.to(device)
             self._places = self.module.state_dict(keep_vars=True)
 
-    def prefill(self, tokens: Tensor, step: Prefill) -> Tensor:
-        """Computes whole sequences packed end to end, int64 [T]; logits [S, V] after the last token of each."""
+    def prefill(self, tokens: Tensor, step: Prefill, keep: Tensor | None = None) -> Tensor:
+        """Computes whole sequences packed end to end, int64 [T].
+
+        Logits after the tokens at the places `keep`, int64 [K], [K, V]; after the last token of each sequence, [S, V],
+        if None.
+        """
         lengths = [end - start for start, end in pairwise(step.bounds)]
         positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
-        last = torch.tensor(step.bounds[1:], device=self.device) - 1
-        return self._forward(tokens, positions, step, last)
+        if keep is None:
+            keep = torch.tensor(step.bounds[1:], device=self.device) - 1
+        return self._forward(tokens, positions, step, keep)
 
     def decode(self, tokens: Tensor, step: Decode) -> Tensor:
         """One more token for each of the first B rows, int64 [B]; logits [B, V] after it."""

@@ -91,6 +91,10 @@ class Scheduler:
         """The weights are those of `version`."""
         return self._post(lambda: setattr(self, "_version", version))
 
+    def work(self, work: Callable[[Generator], None]) -> Future[None]:
+        """Has something computed between two steps."""
+        return self._post(lambda: self._do(work))
+
     def sleep(self) -> Future[None]:
         """Gives the memory back. What runs goes back to the line with the tokens it has."""
         return self._post(self._sleep)
@@ -253,6 +257,12 @@ class Scheduler:
             self._generator.remove([part for part in self._generator.active if self._jobs[part] is job])
             self._waiting = deque(part for part in self._waiting if self._jobs[part] is not job)
             self._finish(parts)
+
+    def _do(self, work: Callable[[Generator], None]) -> None:
+        assert self._generator is not None
+        begin = time.perf_counter()
+        work(self._generator)
+        self.busy_seconds += time.perf_counter() - begin
 
     def _sleep(self) -> None:
         assert self._generator is not None

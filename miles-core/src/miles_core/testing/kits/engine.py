@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 
 from miles_core.roles import PauseMode
-from miles_core.sample import Completion, Request
+from miles_core.sample import Completion, Request, ScoreRequest, Scores
 from miles_core.specs import EngineSpec
 from miles_core.testing.fakes import make_request
-from miles_core.testing.models import engine_context, gpus_for, make_model, response_logprobs, save_model, weights_of
+from miles_core.testing.models import (
+    VOCABULARY,
+    engine_context,
+    gpus_for,
+    make_model,
+    response_logprobs,
+    save_model,
+    weights_of,
+)
 from miles_core.testing.subject import Subject, skip
 
 TOLERANCE = 1e-3
@@ -141,6 +149,42 @@ def _paused(subject: Subject[EngineSpec], mode: PauseMode) -> tuple[Completion, 
     return paused
 
 
+def scores_given_tokens(subject: Subject[EngineSpec]) -> Iterator[str]:
+    """If it has the feature "scores": with the weights of its folder, log-probabilities of given tokens and of the
+    likeliest ones are transformers' own, at the temperature."""
+    import torch
+
+    if "scores" not in subject.spec.features:
+        skip('its record does not have the feature "scores"')
+    rng = np.random.default_rng(0)
+    requests = [
+        ScoreRequest(tokens=rng.integers(0, VOCABULARY, length).astype(np.int32), first=first, top_k=3, temperature=0.7)
+        for length, first in ((2, 1), (17, 6), (40, 1), (9, 9))
+    ]
+
+    async def score() -> list[Scores]:
+        async with _running(subject, frozen=True) as engine:
+            answers: list[Scores] = await engine.score(requests)
+            return answers
+
+    for number, (request, scores) in enumerate(zip(requests, asyncio.run(score()), strict=True)):
+        tokens = torch.from_numpy(request.tokens.astype(np.int64))
+        with torch.no_grad():
+            logits = make_model()(tokens[None]).logits[0, request.first - 1 : -1]
+        table = (logits / request.temperature).log_softmax(-1)
+        picked = table.gather(1, torch.from_numpy(scores.top_tokens.astype(np.int64)))
+        expected = {
+            "logprobs": (scores.logprobs, table.gather(1, tokens[request.first :, None])[:, 0]),
+            "top_logprobs": (scores.top_logprobs, table.topk(3).values),
+            "top_logprobs of its top_tokens": (scores.top_logprobs, picked),
+        }
+        for name, (given, wanted) in expected.items():
+            if given.shape != tuple(wanted.shape):
+                yield f"request {number}: {name} has the shape {given.shape} and not {tuple(wanted.shape)}"
+            elif (apart := float(np.abs(given - wanted.numpy()).max(initial=0))) > TOLERANCE:
+                yield f"request {number}: {name} differs by {apart:.3g}"
+
+
 # ---- Running an engine ----------------------------------------------------------------------------------------------
 
 
@@ -155,20 +199,21 @@ def _with_engine(subject: Subject[EngineSpec], use: Callable[[Any], Awaitable[An
 
 
 @asynccontextmanager
-async def _running(subject: Subject[EngineSpec]) -> AsyncIterator[Any]:
+async def _running(subject: Subject[EngineSpec], *, frozen: bool = False) -> AsyncIterator[Any]:
     gpus = gpus_for(subject.spec.devices)
     folder = subject.folder / "model"
     model = make_model()
     if not folder.exists():
         save_model(model, folder)
-    context = engine_context(folder, gpus, folder=subject.folder, max_tokens=LONG + 32)
+    context = engine_context(folder, gpus, folder=subject.folder, max_tokens=LONG + 32, frozen=frozen)
     engine = subject.make(context)
     await engine.start()
     try:
-        await engine.pause(min(subject.spec.pause_modes))
-        await asyncio.to_thread(_load, engine, model)
-        engine.set_version(0)
-        await engine.resume()
+        if not frozen:
+            await engine.pause(min(subject.spec.pause_modes))
+            await asyncio.to_thread(_load, engine, model)
+            engine.set_version(0)
+            await engine.resume()
         yield engine
     finally:
         await engine.stop()
@@ -217,4 +262,5 @@ RULES = (
     gives_the_same_seed_the_same_tokens,
     ends_what_is_aborted,
     pauses_as_its_record_says,
+    scores_given_tokens,
 )
