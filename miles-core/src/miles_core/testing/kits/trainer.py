@@ -1,17 +1,20 @@
 """Rules of a trainer: it trains a tiny model, and transformers and plain PyTorch say what it must have computed.
 
-The loss is a policy gradient, sum over tokens of weight * (-exp(log pi - log pi_old) * advantage).
+The loss is a policy gradient, sum over tokens of weight * (-exp(log pi - log pi_old) * advantage); that of a critic is
+the squared error of its values, sum over tokens of weight * (value - return)^2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from miles_core.roles import LossInputs, LossOutputs, TrainStage
+from miles_core.plugins import resolve
+from miles_core.roles import CriticInputs, LossInputs, LossOutputs, TrainStage
 from miles_core.sample import Batch
 from miles_core.specs import TrainerSpec
 from miles_core.testing.fakes import make_batch
@@ -136,6 +139,86 @@ def saves_for_transformers(subject: Subject[TrainerSpec]) -> Iterator[str]:
     yield from weight_faults(weights_of(make_model()), weights_of(model))
 
 
+# ---- Its critic ------------------------------------------------------------------------------------------------------
+
+
+def knows_values_before_their_tokens(subject: Subject[TrainerSpec]) -> Iterator[str]:
+    """If it has a critic: values are finite, 0 where masked, the same for a sample alone and among others, and do not
+    depend on their own token or later ones."""
+    critic, batch = _critic(subject), _batch()
+    column = critic.values(batch, 0)
+    alone = [critic.values(batch.select([sample]), 0) for sample in range(len(batch))]
+    last = batch.cu_seqlens[1:] - 1  # of each sample's tokens
+    tokens = batch["tokens"].copy()
+    tokens[last] = (tokens[last] + 1) % VOCABULARY
+    changed = critic.values(batch.with_columns(tokens=tokens), 0)
+    critic.stop()
+    if column is None or column.shape != (batch.tokens_total,):
+        yield f"values has the shape {None if column is None else column.shape} for {batch.tokens_total} tokens"
+        return
+    if not np.isfinite(column).all() or not column[batch["mask"]].any():
+        yield "values are not finite, or nothing but 0"
+    if (column[~batch["mask"]] != 0).any():
+        yield "values are not 0 where masked"
+    if (apart := float(np.abs(column - np.concatenate(alone)).max())) > TOLERANCE:
+        yield f"a value differs by {apart:.3g} for a sample alone"
+    if (apart := float(np.abs(column - changed).max())) > TOLERANCE:
+        yield f"a value differs by {apart:.3g} when a token that comes later, or its own, is another one"
+
+
+def learns_values(subject: Subject[TrainerSpec]) -> Iterator[str]:
+    """If it has a critic: its loss is that of its values, and an optimizer step makes it smaller."""
+    critic, batch = _critic(subject), _valued(_batch())
+    values = critic.values(batch, 0)
+    expected = float((batch["weights"] * (values - batch["returns"]) ** 2).sum())
+    loss = critic.update(batch, 0, 1).get("loss")
+    after = critic.update(batch, 1, 1).get("loss")
+    critic.stop()
+    if loss is None or after is None:
+        yield "update reports no loss"
+    elif abs(loss - expected) > TOLERANCE * max(1.0, abs(expected)):
+        yield f"loss is {loss:.6g} and not {expected:.6g}"
+    elif after >= loss:
+        yield f"after an optimizer step the loss is {after:.6g} and not below {loss:.6g}"
+
+
+def continues_its_critic_exactly_from_a_checkpoint(subject: Subject[TrainerSpec]) -> Iterator[str]:
+    """If it has a critic: saved, restored into a new one, and trained on, it gives the same values, bit for bit."""
+    first, second = _valued(_batch(0)), _valued(_batch(1))
+    one = _critic(subject)
+    one.update(first, 0, 1)
+    one.save(subject.folder / "saved")
+    one.update(second, 1, 1)
+    expected = one.values(first, 2)
+    one.stop()
+    other = _critic(subject)
+    other.restore(subject.folder / "saved")
+    other.update(second, 1, 1)
+    got = other.values(first, 2)
+    other.stop()
+    if not np.array_equal(expected, got):
+        yield f"a value differs by {float(np.abs(expected - got).max()):.3g}"
+
+
+def hands_the_policys_weights_to_its_critic(subject: Subject[TrainerSpec]) -> Iterator[str]:
+    """If it has a critic: with the weights that a policy has saved for transformers, it gives the values of a critic
+    that was started from them."""
+    batch = _batch()
+    save_model(make_model(seed=5), subject.folder / "policy")
+    critic = _critic(subject)
+    before = critic.values(batch, 0)
+    critic.load_pretrained(subject.folder / "policy")
+    got = critic.values(batch, 0)
+    critic.stop()
+    other = _critic(subject, model=subject.folder / "policy")
+    expected = other.values(batch, 0)
+    other.stop()
+    if not np.array_equal(expected, got):
+        yield f"a value differs by {float(np.abs(expected - got).max()):.3g}"
+    if np.array_equal(before, got):
+        yield "its values do not change with the weights"
+
+
 def weight_faults(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> Iterator[str]:
     """What differs between two sets of weights, bit for bit."""
     for name in sorted(expected.keys() ^ got.keys()):
@@ -153,6 +236,11 @@ def policy_loss(inputs: LossInputs, options: Any) -> LossOutputs:
     assert inputs.advantages is not None
     old = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
     return LossOutputs(losses=-(inputs.logprobs - old).exp() * inputs.advantages)
+
+
+def value_loss(inputs: CriticInputs, options: Any) -> LossOutputs:
+    """The critic's loss of these rules."""
+    return LossOutputs(losses=(inputs.values - inputs.returns).square())
 
 
 def _plain_loss(logprobs: Tensor, batch: Batch) -> Tensor:
@@ -176,23 +264,42 @@ def _batch(seed: int = 0) -> Batch:
     return batch.with_columns(tokens=tokens, weights=weights, advantages=advantages)
 
 
+def _valued(batch: Batch) -> Batch:
+    """With returns to learn, and what the values were before."""
+    noise = np.random.default_rng(len(batch)).standard_normal((2, batch.tokens_total)) * batch["mask"]
+    return batch.with_columns(returns=1.0 + noise[0], values=noise[1])
+
+
 def _trainer(subject: Subject[TrainerSpec], *, reference: bool = False) -> Any:
     """A trainer that has begun a stage on the tiny model."""
     gpus = gpus_for(subject.spec.devices)
     trainer = subject.make(trainer_context(_model_folder(subject.folder), gpus, reference=reference))
     trainer.start()
-    trainer.begin(
-        TrainStage(
-            name="contract",
-            loss=policy_loss,
-            loss_options=None,
-            entropy=False,
-            needs=frozenset({"advantages", "old_logprobs"}),
-            optimizer_steps=4,
-            options=subject.options(),
-        )
-    )
+    trainer.begin(_stage(subject, policy_loss, {"advantages", "old_logprobs"}))
     return trainer
+
+
+def _critic(subject: Subject[TrainerSpec], model: Path | None = None) -> Any:
+    """A critic that has begun a stage on the tiny model, or another."""
+    if subject.spec.critic is None:
+        skip("it has no critic")
+    context = trainer_context(model or _model_folder(subject.folder), gpus_for(subject.spec.devices))
+    critic = resolve(subject.spec.critic)(subject.options(), replace(context, role="critic"))
+    critic.start()
+    critic.begin(_stage(subject, value_loss, {"returns", "values"}))
+    return critic
+
+
+def _stage(subject: Subject[TrainerSpec], loss: Callable[[Any, Any], LossOutputs], needs: set[str]) -> TrainStage:
+    return TrainStage(
+        name="contract",
+        loss=loss,
+        loss_options=None,
+        entropy=False,
+        needs=frozenset(needs),
+        optimizer_steps=4,
+        options=subject.options(),
+    )
 
 
 def _model_folder(folder: Path) -> Path:
@@ -220,4 +327,8 @@ RULES = (
     exports_what_its_layout_says,
     continues_exactly_from_a_checkpoint,
     saves_for_transformers,
+    knows_values_before_their_tokens,
+    learns_values,
+    continues_its_critic_exactly_from_a_checkpoint,
+    hands_the_policys_weights_to_its_critic,
 )
