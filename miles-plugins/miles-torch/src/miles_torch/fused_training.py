@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from miles_torch.attention_packed import Padded, padded_attention
-from miles_torch.fused import fits
+from miles_torch.fused import fits, multiply
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -84,46 +84,34 @@ class Gated(torch.autograd.Function):
 
 
 class Linears(torch.autograd.Function):
-    """(x [N, H], weights ..., biases or None ...) -> the outputs of several linear layers side by side."""
+    """(x [N, H], residual or None, weights ..., biases or None ...) -> the outputs of linear layers side by side, plus
+    the residual."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> Tensor:
         count = len(parameters) // 2
-        weights, biases = parameters[:count], parameters[count:]
-        ctx.sizes = [len(weight) for weight in weights if weight is not None]
-        out = x.new_empty(len(x), sum(ctx.sizes))
-        for part, weight, bias in zip(out.split(ctx.sizes, dim=1), weights, biases, strict=True):
-            assert weight is not None
-            if bias is None:
-                torch.mm(x, weight.T, out=part)
-            else:
-                torch.addmm(bias, x, weight.T, out=part)
-        ctx.biased = [bias is not None for bias in biases]
-        ctx.save_for_backward(x, *weights)
-        return out
+        weights = [weight for weight in parameters[:count] if weight is not None]
+        biases = [bias for bias in parameters[count:] if bias is not None]
+        whole = weights[0] if count == 1 else torch.cat(weights)
+        ctx.sizes, ctx.biased, ctx.added = [len(weight) for weight in weights], bool(biases), residual is not None
+        ctx.save_for_backward(x, whole)
+        out = multiply(x, whole, torch.cat(biases) if biases else None)
+        return out if residual is None else out.add_(residual)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
+        x, whole = ctx.saved_tensors
         parts = grad.split(ctx.sizes, dim=1)
-        by_x = parts[0] @ weights[0]
-        for part, weight in zip(parts[1:], weights[1:], strict=True):
-            by_x.addmm_(part, weight)
-        by_biases = [part.sum(0) if biased else None for part, biased in zip(parts, ctx.biased, strict=True)]
-        return by_x, *(part.T @ x for part in parts), *by_biases
+        by_biases = [part.sum(0) if ctx.biased else None for part in parts]
+        by_x = multiply(grad, whole.T, None)
+        return by_x, grad if ctx.added else None, *(part.T @ x for part in parts), *by_biases
 
 
-def _linears(x: Tensor, *layers: Any) -> Tensor:
+def _linears(x: Tensor, *layers: Any, residual: Tensor | None = None) -> Tensor:
     out: Tensor = Linears.apply(  # type: ignore[no-untyped-call]
-        x, *(layer.weight for layer in layers), *(layer.bias for layer in layers)
+        x, residual, *(layer.weight for layer in layers), *(layer.bias for layer in layers)
     )
     return out
-
-
-def _onto(residual: Tensor, x: Tensor, layer: Any) -> Tensor:
-    """residual + layer(x)."""
-    added = residual if layer.bias is None else residual + layer.bias
-    return torch.addmm(added, x, layer.weight.T)
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -155,9 +143,7 @@ class FusedTraining:
         now = [(module, type(module)) for module in self.body.modules()]
         if now != self._parts or self.body.norm.weight.device.type != "cpu":
             return False
-        return not any(
-            "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS) for module, _ in now
-        )
+        return not any("forward" in vars(module) or any(getattr(module, name) for name in _HOOKS) for module, _ in now)
 
     def __call__(self, tokens: Tensor, positions: Tensor, layout: Padded, sources: Tensor) -> Tensor:
         """Hidden states after the tokens at `sources`, float32 [T, H]. tokens, positions: int64 [N]."""
@@ -170,10 +156,10 @@ class FusedTraining:
             attended = self._attend(layer, _normed(hidden, layer.input_layernorm.weight, self.eps), rotary, layout)
             if layer is last:
                 hidden, attended = hidden[sources], attended[sources]
-            hidden = _onto(hidden, attended, layer.self_attn.o_proj)
+            hidden = _linears(attended, layer.self_attn.o_proj, residual=hidden)
             normed = _normed(hidden, layer.post_attention_layernorm.weight, self.eps)
             gated = Gated.apply(_linears(normed, layer.mlp.gate_proj, layer.mlp.up_proj))  # type: ignore[no-untyped-call]
-            hidden = _onto(hidden, gated, layer.mlp.down_proj)
+            hidden = _linears(gated, layer.mlp.down_proj, residual=hidden)
         return _normed(hidden, self.body.norm.weight, self.eps)
 
     def _attend(self, layer: Any, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Padded) -> Tensor:
