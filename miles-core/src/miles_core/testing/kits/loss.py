@@ -25,11 +25,14 @@ if TYPE_CHECKING:
 
 Inputs = LossInputs | CriticInputs
 
-OF_POLICY: Mapping[str, str] = {field.name: field.name for field in fields(LossInputs) if field.name in TOKEN_COLUMNS}
+OF_POLICY: Mapping[str, str] = {
+    **{field.name: field.name for field in fields(LossInputs) if field.name in TOKEN_COLUMNS},
+    "teacher_top_tokens": "top_logprobs",
+}
 OF_CRITIC: Mapping[str, str] = {"returns": "returns", "values": "old_values"}
 """Token column -> the field of `LossInputs` or `CriticInputs` that it becomes."""
 
-WITH_GRADIENT = ("logprobs", "values", "entropy")
+WITH_GRADIENT = ("logprobs", "values", "entropy", "top_logprobs")
 
 
 def _columns(spec: LossSpec) -> Mapping[str, str]:

@@ -29,13 +29,17 @@ MICRO_BATCHES: Mapping[str, Sequence[Sequence[int]]] = {
 }
 """Ways to split the samples that must not make a difference."""
 
+TOP = 3
+"""Likeliest tokens of a teacher."""
+
 TOLERANCE = 1e-9
 LATE_S = 20.0
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Columns [N] by their names in `LossInputs` and `CriticInputs`; weights [N]; mask, sample [N] as numpy arrays."""
+    """Columns [N], or [N, TOP], by their names in `LossInputs` and `CriticInputs`; weights [N]; mask, sample [N] as numpy
+    arrays."""
 
     columns: Mapping[str, Tensor]
     weights: Tensor
@@ -79,12 +83,25 @@ def make_tokens(*, spread: float = 0.3, advantage: float = 1.0, seed: int = 0) -
         "values": normal(),
         "entropy": torch.from_numpy(0.1 + rng.random(total)),
     }
+    teacher, policy = _top(spread, rng)
+    columns |= {"teacher_logprobs": normal(spread, base), "teacher_top_logprobs": teacher, "top_logprobs": policy}
     columns |= {
         field.name: torch.from_numpy(rng.random(total))
         for field in fields(LossInputs)
         if field.name not in columns and field.name != "segments"
     }
     return Tokens(columns, normal().abs() * torch.from_numpy(mask), mask, np.repeat(np.arange(len(LENGTHS)), LENGTHS))
+
+
+def _top(spread: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of a teacher and of a policy at the teacher's `TOP` likeliest of some tokens, [N, TOP] each."""
+    import torch
+
+    shape = (sum(LENGTHS), 2 * TOP)
+    base = rng.standard_normal(shape)
+    teacher, policy = (torch.from_numpy(base + spread * rng.standard_normal(shape)).log_softmax(-1) for _ in range(2))
+    top = teacher.topk(TOP)
+    return top.values, policy.gather(1, top.indices)
 
 
 # ---- Options that switch things on ----------------------------------------------------------------------------------
