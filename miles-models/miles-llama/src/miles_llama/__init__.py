@@ -12,5 +12,6 @@ def miles_models() -> Iterable[ModelSpec]:
         name="llama",
         ref="miles_llama.family:Llama",
         architectures=("LlamaForCausalLM",),
+        backends={"megatron": "miles_llama.megatron:llama"},
         summary="Llama 2 and 3, and the many models of the same shape.",
     )

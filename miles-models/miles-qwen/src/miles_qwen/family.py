@@ -109,7 +109,7 @@ class Qwen3Moe:
         return families.decoder_parameters(
             full,
             [
-                attention + (_experts(full) if _is_sparse(full, layer) else _mlp(full))
+                attention + (_experts(full) if is_sparse(full, layer) else _mlp(full))
                 for layer in range(full["num_hidden_layers"])
             ],
         )
@@ -124,7 +124,8 @@ def _mlp(config: Mapping[str, Any]) -> int:
     return families.gated_mlp_parameters(config["hidden_size"], config["intermediate_size"])
 
 
-def _is_sparse(config: Mapping[str, Any], layer: int) -> bool:
+def is_sparse(config: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer of the mixture has experts, and not one MLP."""
     return layer not in (config["mlp_only_layers"] or ()) and (layer + 1) % config["decoder_sparse_step"] == 0
 
 

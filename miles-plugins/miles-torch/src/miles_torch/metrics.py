@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,11 +16,12 @@ from miles_core.run.mismatch import MAXIMUM, with_shares
 class Sums:
     """name -> sum and count of values, in float64 on the device, so that nothing waits until `reduce`.
 
-    Of a name that ends in `MAXIMUM` it keeps the largest value instead.
+    Of a name that ends in `MAXIMUM` it keeps the largest value instead. group: the ranks that `reduce` adds up, the
+    default group if None.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, group: Any = None) -> None:
+        self._device, self._group = device, group
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._maxima: dict[str, Tensor] = {}
@@ -36,7 +38,7 @@ class Sums:
         self._counts[name] = self._counts.get(name, 0) + (values.numel() if count else 0)
 
     def reduce(self) -> dict[str, tuple[float, float]]:
-        """name -> (sum, count) over all ranks, (maximum, 1) for maxima, (0, 0) for what there is nothing of.
+        """name -> (sum, count) over the ranks, (maximum, 1) for maxima, (0, 0) for what there is nothing of.
 
         A collective where there are several ranks; all must know the same names.
         """
@@ -48,7 +50,7 @@ class Sums:
             return {}
         stacked = torch.stack([self._maxima[name] for name in names])
         if dist.is_initialized():
-            dist.all_reduce(stacked, op=dist.ReduceOp.MAX)
+            dist.all_reduce(stacked, op=dist.ReduceOp.MAX, group=self._group)
         found = zip(names, stacked.tolist(), strict=True)
         return {name: (largest, 1.0) if largest > -math.inf else (0.0, 0.0) for name, largest in found}
 
@@ -60,7 +62,7 @@ class Sums:
         counts = torch.tensor([self._counts[name] for name in names], dtype=torch.float64, device=self._device)
         stacked = torch.stack([sums, counts], dim=1)
         if dist.is_initialized():
-            dist.all_reduce(stacked)
+            dist.all_reduce(stacked, group=self._group)
         return {name: (total, count) for name, (total, count) in zip(names, stacked.tolist(), strict=True)}
 
 

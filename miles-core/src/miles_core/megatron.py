@@ -1,0 +1,209 @@
+"""How a model family stands in Megatron-core: its configuration, and where each Hugging Face tensor goes.
+
+For authors of model plugins. A family describes itself in data alone: a `MegatronModel` names fields of Megatron's own
+configuration and holds one `Weight` for each kind of parameter. The same table serves loading, export to an engine and
+saving, so none of them can drift from the others. Imports nothing heavy.
+
+Megatron's parameters go by the names that they have in a model of Transformer Engine modules, with the numbers of
+layers and experts counted over the whole model:
+
+    decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight
+    decoder.layers.{layer}.mlp.experts.linear_fc1.weight{expert}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from miles_core import families
+
+Join = Literal["copy", "qkv", "gate_up"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """One kind of parameter. megatron: its name in Megatron; hf: names of the tensors that it is made of, in order.
+
+    Both may hold {layer} and {expert}. join: "copy" of one tensor; "qkv", query, key and value, heads of one
+    key-value group side by side; "gate_up", gate above up.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    join: Join = "copy"
+
+    def __post_init__(self) -> None:
+        wanted = {"copy": 1, "qkv": 3, "gate_up": 2}[self.join]
+        if len(self.hf) != wanted:
+            raise ValueError(f"{self.megatron}: join {self.join!r} takes {wanted} tensors, got {len(self.hf)}")
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches a parameter's full name, with groups `layer` and `expert` where it has them."""
+        return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(self.megatron)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronModel:
+    """A model of a family, for Megatron-core.
+
+    transformer: fields of `TransformerConfig` (`MLATransformerConfig` if `multi_latent_attention` is true) that the
+    model's config.json decides; functions by name ("silu"). defaults: fields that a run may set otherwise.
+    gpt: arguments of `GPTModel`. weights: each parameter matches exactly one. ignored: regular expressions of tensors
+    that a Hugging Face folder may hold beside them. modules: place in a layer of the model -> "module:Class" of the
+    torch module that stands there instead of Megatron's, such as "self_attention" -> "acme.attention:Gated".
+    """
+
+    transformer: Mapping[str, Any]
+    weights: tuple[Weight, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    gpt: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    modules: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding."""
+        return bool(self.gpt.get("share_embeddings_and_output_weights", False))
+
+
+# ---- Parts of tables ------------------------------------------------------------------------------------------------
+
+_M, _H = "decoder.layers.{layer}.", "model.layers.{layer}."
+
+EMBEDDING = (
+    Weight(megatron="embedding.word_embeddings.weight", hf=("model.embed_tokens.weight",)),
+    Weight(megatron="decoder.final_layernorm.weight", hf=("model.norm.weight",)),
+)
+"""Embedding and final norm."""
+
+HEAD = (Weight(megatron="output_layer.weight", hf=("lm_head.weight",)),)
+"""An output layer of its own, for models that do not tie it to the embedding."""
+
+
+def _qkv(kind: str) -> Weight:
+    names = tuple(f"{_H}self_attn.{part}_proj.{kind}" for part in "qkv")
+    return Weight(megatron=f"{_M}self_attention.linear_qkv.{kind}", hf=names, join="qkv")
+
+
+ATTENTION = (
+    Weight(megatron=f"{_M}self_attention.linear_qkv.layer_norm_weight", hf=(f"{_H}input_layernorm.weight",)),
+    _qkv("weight"),
+    Weight(megatron=f"{_M}self_attention.linear_proj.weight", hf=(f"{_H}self_attn.o_proj.weight",)),
+)
+"""Grouped-query attention with the norm before it."""
+
+QKV_BIAS = (_qkv("bias"),)
+"""Biases of query, key and value."""
+
+QK_NORM = (
+    Weight(megatron=f"{_M}self_attention.q_layernorm.weight", hf=(f"{_H}self_attn.q_norm.weight",)),
+    Weight(megatron=f"{_M}self_attention.k_layernorm.weight", hf=(f"{_H}self_attn.k_norm.weight",)),
+)
+"""A norm of each head of query and key."""
+
+
+def _gated(megatron: str, hf: str, expert: str = "") -> tuple[Weight, ...]:
+    return (
+        Weight(
+            megatron=f"{_M}{megatron}linear_fc1.weight{expert}",
+            hf=(f"{_H}{hf}gate_proj.weight", f"{_H}{hf}up_proj.weight"),
+            join="gate_up",
+        ),
+        Weight(megatron=f"{_M}{megatron}linear_fc2.weight{expert}", hf=(f"{_H}{hf}down_proj.weight",)),
+    )
+
+
+MLP = (
+    Weight(megatron=f"{_M}mlp.linear_fc1.layer_norm_weight", hf=(f"{_H}post_attention_layernorm.weight",)),
+    *_gated("mlp.", "mlp."),
+)
+"""A gated MLP with the norm before it."""
+
+EXPERTS = (
+    Weight(megatron=f"{_M}pre_mlp_layernorm.weight", hf=(f"{_H}post_attention_layernorm.weight",)),
+    Weight(megatron=f"{_M}mlp.router.weight", hf=(f"{_H}mlp.gate.weight",)),
+    *_gated("mlp.experts.", "mlp.experts.{expert}.", "{expert}"),
+)
+"""A mixture of gated experts with the norm and the router before it."""
+
+SHARED_EXPERTS = _gated("mlp.shared_experts.", "mlp.shared_experts.")
+"""An expert that sees every token."""
+
+EXPERT_BIAS = (Weight(megatron=f"{_M}mlp.router.expert_bias", hf=(f"{_H}mlp.gate.e_score_correction_bias",)),)
+"""What is added to the scores when experts are chosen."""
+
+
+# ---- Parts of configurations ----------------------------------------------------------------------------------------
+
+
+def decoder(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `TransformerConfig` that every decoder with grouped-query attention, RMS norm and gated MLPs has."""
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act {config['hidden_act']!r} is not known to the trainer; it knows 'silu'")
+    if config.get("use_sliding_window"):
+        raise ValueError("use_sliding_window is not known to the trainer; set it to false")
+    return {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "num_attention_heads": config["num_attention_heads"],
+        "num_query_groups": families.key_value_heads(config),
+        "kv_channels": families.head_size(config),
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": config["rms_norm_eps"],
+        "activation_func": "silu",
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def gpt(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `GPTModel`: vocabulary, length, ties and rotary embeddings."""
+    return {
+        "vocab_size": config["vocab_size"],
+        "max_sequence_length": config["max_position_embeddings"],
+        "share_embeddings_and_output_weights": config["tie_word_embeddings"],
+        "position_embedding_type": "rope",
+        **_rotary(config),
+    }
+
+
+def rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says of rotary embeddings, as transformers 5 writes it: `rope_theta`, `rope_type` and more."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = {"rope_theta": config.get("rope_theta", 10000.0), **given}
+    found["rope_type"] = given.get("rope_type") or given.get("type") or "default"
+    return {name: value for name, value in found.items() if value is not None}
+
+
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""What Megatron-core's `rope_scaling` holds fast."""
+
+
+def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    found = rope(config)
+    kind = found["rope_type"]
+    base: dict[str, Any] = {"rotary_base": found["rope_theta"]}
+    if partial := config.get("partial_rotary_factor", found.get("partial_rotary_factor")):
+        base["rotary_percent"] = partial
+    if kind == "default":
+        return base
+    if kind == "linear":
+        return {**base, "seq_len_interpolation_factor": found["factor"]}
+    if kind == "llama3" and all(found.get(name) == value for name, value in _LLAMA3.items()):
+        return {**base, "rope_scaling": True, "rope_scaling_factor": found["factor"]}
+    said = ", ".join(f"{name} {value}" for name, value in found.items())
+    raise ValueError(f"rotary embeddings with {said} are not known to the trainer; it knows default, linear and llama3")
+
+
+def weights(config: Mapping[str, Any], *parts: Iterable[Weight]) -> tuple[Weight, ...]:
+    """A whole table: embedding, head unless it is tied, and `parts`."""
+    head = () if config["tie_word_embeddings"] else HEAD
+    return (*EMBEDDING, *head, *(weight for part in parts for weight in part))

@@ -1,0 +1,34 @@
+"""Miles plugin: the trainer on Megatron-core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from miles_core import TrainerSpec, WeightSyncSpec, hookimpl
+
+
+@hookimpl
+def miles_trainers() -> Iterable[TrainerSpec]:
+    """The trainer `megatron`."""
+    yield TrainerSpec(
+        name="megatron",
+        ref="miles_megatron.start:make_trainer",
+        options="miles_megatron.options:TrainerOptions",
+        gives=frozenset({"old_logprobs", "ref_logprobs"}),
+        families="listed",
+        backend="megatron",
+        summary="Megatron-core: tensor, pipeline, context, expert and data parallelism, for large models.",
+    )
+
+
+@hookimpl
+def miles_weight_syncs() -> Iterable[WeightSyncSpec]:
+    """The weight sync to the engine `torch`."""
+    yield WeightSyncSpec(
+        name="megatron-to-torch",
+        ref="miles_torch.sync:TorchSender",
+        receiver="miles_torch.sync:TorchReceiver",
+        trainer="megatron",
+        engine="torch",
+        summary="Broadcasts flat buckets over a process group of its own, gloo or NCCL.",
+    )

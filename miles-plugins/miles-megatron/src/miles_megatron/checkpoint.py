@@ -1,0 +1,158 @@
+"""Checkpoints: Megatron's distributed format for training, a Hugging Face folder for everything else.
+
+    dist/                 model, optimizer and reference, in Megatron's `torch_dist` format: any layout can load it
+    random.safetensors    "<rank>/<name>": random states
+    trainer.json          counts of steps
+
+The optimizer's state is stored parameter by parameter ("fully_reshardable"): Megatron's default cannot be saved, and
+the other way fits only other numbers of data-parallel ranks. Keys do not depend on whether experts have an optimizer of
+their own. Reading executes nothing: Megatron loads with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import Tensor, nn
+
+from miles_core.errors import UserError
+from miles_megatron.model import bare
+from miles_megatron.weights import Exporter
+from miles_torch import export
+from miles_torch.checkpoint import random_states, save_file
+
+_REFERENCE = "reference."
+
+
+def metadata() -> dict[str, Any]:
+    """How Megatron lays out a checkpoint's content."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+# ---- The distributed format --------------------------------------------------------------------------------------
+
+
+def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
+    """The model's part, sharded."""
+    names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
+    return {
+        name: bare(chunk).sharded_state_dict(metadata=metadata()) for name, chunk in zip(names, chunks, strict=True)
+    }
+
+
+def with_optimizer(state: dict[str, Any], optimizer: Any, *, loading: bool) -> dict[str, Any]:
+    """A model's state with that of its optimizer."""
+    return {**state, "optimizer": optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata())}
+
+
+def reference_state(chunks: Sequence[nn.Module], tensors: Mapping[int, Tensor]) -> dict[str, Any]:
+    """The reference's part: as the model's, with other tensors. tensors: address of a model's tensor
+    -> the reference's."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, ShardedTensor | ShardedTensorFactory):
+            value.key = f"{_REFERENCE}{value.key}"
+            if value.data is not None:
+                value.data = tensors[value.data.data_ptr()].view(value.data.shape)
+        return value
+
+    return {f"{_REFERENCE}{name}": dict_list_map_inplace(replaced, part) for name, part in model_state(chunks).items()}
+
+
+def write(state: dict[str, Any], folder: Path) -> None:
+    """Writes sharded state. A collective. Raises `OSError` if the disk refuses."""
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    dist_checkpointing.save(state, str(folder), validate_access_integrity=True)
+
+
+def read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Reads what sharded state asks for, under any layout. A collective. Raises `UserError` if it does not fit."""
+    if not (folder / "metadata.json").is_file():
+        raise UserError(f"{folder} holds no checkpoint in Megatron's distributed format")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch remarks that the common part is read by one process
+            loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    except (CheckpointingException, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder} does not fit this run's model: {error}") from error
+    return loaded
+
+
+def put_model(chunks: Sequence[nn.Module], loaded: Mapping[str, Any]) -> None:
+    """Copies what `read` gave into the model."""
+    names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
+    for name, chunk in zip(names, chunks, strict=True):
+        bare(chunk).load_state_dict(loaded[name], strict=True)
+
+
+# ---- Beside it -----------------------------------------------------------------------------------------------------
+
+
+def _own_random() -> dict[str, Tensor]:
+    tracked = {f"tracker/{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
+    return {**random_states(), **{name: state.cpu() for name, state in tracked.items()}}
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Random states of all ranks and the record. A collective; rank 0 writes. Raises `OSError`."""
+    states: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(states, _own_random())
+    if dist.get_rank() == 0:
+        flat = {f"{rank}/{name}": state for rank, own in enumerate(states) for name, state in own.items()}
+        save_file(flat, folder / "random.safetensors")
+        (folder / "trainer.json").write_text(json.dumps({"format": 1, **record}) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path, stage: str) -> dict[str, Any]:
+    """The record, after setting this rank's random states. Raises `UserError` for another stage's."""
+    from safetensors import safe_open
+
+    record: dict[str, Any] = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+    if record["stage"] != stage:
+        raise UserError(f"{folder} was saved in stage {record['stage']!r}, not {stage!r}.")
+    with safe_open(folder / "random.safetensors", framework="pt") as file:
+        prefix = f"{dist.get_rank()}/"
+        own = {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+    _set_random(own)
+    return record
+
+
+def _set_random(states: Mapping[str, Tensor]) -> None:
+    """A rank that the checkpoint does not know keeps the states it has."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    tracked = {name.removeprefix("tracker/"): s for name, s in states.items() if name.startswith("tracker/")}
+    if tracked:
+        get_cuda_rng_tracker().set_states(tracked)
+
+
+def save_pretrained(exporter: Exporter, source: Path, folder: Path, *, writes: bool) -> None:
+    """The policy as a Hugging Face folder with config and tokenizer of `source`. A collective; writes: on rank 0."""
+    full = {}
+    for name, tensor in exporter.tensors():
+        if writes:
+            full[name] = tensor.detach().to("cpu", copy=True)
+    if writes:
+        export.pretrained(full, source, folder)

@@ -1,0 +1,143 @@
+"""Which modules a layer of the model is made of: the one place where that is chosen.
+
+`transformer_impl`, Megatron's own option, says "transformer_engine" or "local"; by default it is the first where
+Transformer Engine is installed. Both give parameters the same names, so that mapping tables and checkpoints fit both.
+Megatron-core 0.19 calls GPTModel deprecated in favour of HybridModel, whose specification needs Transformer Engine:
+this module, and `miles_megatron.model.build` which calls GPTModel, are what would change.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pkgutil import resolve_name
+from typing import Any
+
+from megatron.core.models.gpt import gpt_layer_specs as megatron_specs
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_mlp_module_spec_for_backend
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from miles_core.errors import UserError
+from miles_megatron import local
+
+
+def block(config: Any, modules: Mapping[str, str], vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, with a family's own `modules` in their places."""
+    if config.transformer_impl == "transformer_engine":
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    else:
+        spec = _local_block(config, vp_stage)
+    if modules:
+        spec = copy.copy(spec)
+        spec.layer_specs = [_with_modules(layer, modules) for layer in spec.layer_specs]
+    return spec
+
+
+def _local_block(config: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
+    backend = local.LocalBackend()
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    own = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    sparse = _sparse(config)
+    layers = [_local_layer(config, backend, config.num_moe_experts if sparse[layer] else None) for layer in own]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=local.RMSNorm)
+
+
+def _sparse(config: Any) -> list[int]:
+    """1 for each layer of the whole model that has experts."""
+    if config.num_moe_experts is None:
+        return [0] * config.num_layers
+    pattern: int | list[int] = config.moe_layer_freq
+    if isinstance(pattern, list):
+        return pattern
+    return [int(layer % pattern == 0) for layer in range(config.num_layers)]
+
+
+def _local_layer(config: Any, backend: local.LocalBackend, experts: int | None) -> ModuleSpec:
+    """What Megatron builds of Transformer Engine's modules, built of ours."""
+    make_attention = _latent_attention if config.multi_latent_attention else _attention
+    latent = bool(config.multi_latent_attention)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=local.RMSNorm if latent else IdentityOp,
+            self_attention=make_attention(config, backend),
+            self_attn_bda=megatron_specs.get_bias_dropout_add,
+            pre_mlp_layernorm=local.RMSNorm if experts else IdentityOp,
+            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=experts, moe_grouped_gemm=False),
+            mlp_bda=megatron_specs.get_bias_dropout_add,
+        ),
+    )
+
+
+def _attention(config: Any, backend: local.LocalBackend) -> ModuleSpec:
+    norm = local.RMSNorm if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=megatron_specs.SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=megatron_specs.SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_layer_norm_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=norm,
+            k_layernorm=norm,
+        ),
+    )
+
+
+def _latent_attention(config: Any, backend: local.LocalBackend) -> ModuleSpec:
+    plain = backend.column_parallel_linear()
+    up = backend.column_parallel_layer_norm_linear() if config.qk_layernorm else plain
+    return ModuleSpec(
+        module=megatron_specs.MLASelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=megatron_specs.MLASelfAttentionSubmodules(
+            linear_q_proj=plain,
+            linear_q_down_proj=plain,
+            linear_q_up_proj=up,
+            linear_kv_down_proj=plain,
+            linear_kv_up_proj=up,
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=IdentityOp,
+            kv_layernorm=IdentityOp,
+        ),
+    )
+
+
+def _with_modules(layer: ModuleSpec, modules: Mapping[str, str]) -> ModuleSpec:
+    """A layer with a family's own modules: "self_attention" or deeper, "self_attention.core_attention"."""
+    layer = copy.deepcopy(layer)
+    for place, ref in modules.items():
+        _replace(layer, place, resolve_name(ref))
+    return layer
+
+
+def _replace(spec: Any, place: str, module: Any) -> None:
+    *way, last = place.split(".")
+    for name in way:
+        spec = getattr(_submodules(spec), name, None)
+    holder = _submodules(spec)
+    if not hasattr(holder, last):
+        raise UserError(f"a layer of Megatron's model has no place {place!r} for a family's own module")
+    old = getattr(holder, last)
+    if isinstance(old, ModuleSpec):
+        new: Any = copy.copy(old)
+        new.module = module
+    else:
+        new = module
+    setattr(holder, last, new)
+
+
+def _submodules(spec: Any) -> Any:
+    """Of a `ModuleSpec`, or of a function that builds a module with its submodules already given."""
+    if isinstance(spec, ModuleSpec):
+        return spec.submodules
+    return getattr(spec, "keywords", {}).get("submodules")

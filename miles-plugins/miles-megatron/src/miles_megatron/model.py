@@ -1,0 +1,167 @@
+"""The ranks' division, the model of a rank, and its parameters by the names that mapping tables use.
+
+A rank holds one or more chunks of the model (more than one with a virtual pipeline), each a `GPTModel`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+
+from miles_core.errors import UserError
+from miles_core.megatron import MegatronModel
+from miles_megatron import layers
+from miles_megatron.layout import Layout
+
+VOCABULARY_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of it, so that checkpoints of different tensor-parallel sizes agree."""
+
+
+def divide_ranks(layout: Layout, seed: int, timeout_s: float) -> None:
+    """Makes Megatron's process groups over the default one, and its random states."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def padded_vocabulary(size: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding, padding included."""
+    multiple = math.lcm(VOCABULARY_MULTIPLE, tensor_parallel_size)
+    return -(-size // multiple) * multiple
+
+
+def build(config: Any, model: MegatronModel, device: torch.device) -> list[nn.Module]:
+    """The chunks of this rank, their parameters uninitialised, in evaluation mode. Raises `UserError`."""
+    stages = config.virtual_pipeline_model_parallel_size
+    numbers: list[int | None] = [None] if stages is None else list(range(stages))
+    try:
+        chunks = [_chunk(config, model, number).to(device) for number in numbers]
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        raise UserError(f"Megatron-core cannot build this model with these options: {error}") from error
+    return [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
+
+
+def _chunk(config: Any, model: MegatronModel, stage: int | None) -> nn.Module:
+    where = {"ignore_virtual": False, "vp_stage": stage}
+    arguments = dict(model.gpt)
+    size = padded_vocabulary(arguments.pop("vocab_size"), config.tensor_model_parallel_size)
+    chunk: nn.Module = GPTModel(
+        config=config,
+        transformer_layer_spec=layers.block(config, model.modules, stage),
+        vocab_size=size,
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
+        parallel_output=True,
+        vp_stage=stage,
+        **arguments,
+    )
+    return chunk
+
+
+def bare(module: Any) -> Any:
+    """The `GPTModel` inside what wraps it."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+@dataclass(frozen=True)
+class Local:
+    """A parameter of this rank, or a buffer that is part of the model.
+
+    name: as in mapping tables. tensor: this rank's part. dim: along which it is divided, None if it is whole.
+    expert: it belongs to the experts, which have groups of their own. copied: another rank holds the same under
+    another name: the last stage's copy of a tied embedding.
+    """
+
+    name: str
+    tensor: Tensor
+    dim: int | None
+    expert: bool
+    copied: bool = False
+
+    @property
+    def group(self) -> Any:
+        """Over whose ranks it is divided."""
+        if self.expert:
+            return parallel_state.get_expert_tensor_parallel_group()
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def replica(self) -> int:
+        """0 on one of the ranks that hold the same part."""
+        if self.expert:
+            rank: int = parallel_state.get_expert_data_parallel_rank()
+        else:
+            rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        return rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        shape = list(self.tensor.shape)
+        if self.dim is not None:
+            shape[self.dim] *= self.group.size()
+        return tuple(shape)
+
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.(weight|bias)$")
+_GROUPED_EXPERT = re.compile(r"\.experts\.(linear_fc\d)\.(weight|bias)(\d+)$")
+
+
+def parameters(chunks: list[nn.Module]) -> Iterator[Local]:
+    """All of this rank, in the order of the model."""
+    for chunk in map(bare, chunks):
+        tied = chunk.share_embeddings_and_output_weights
+        for name, tensor in _tensors(chunk):
+            dim = getattr(tensor, "partition_dim", -1) if getattr(tensor, "tensor_model_parallel", False) else -1
+            expert = ".experts." in name and ".shared_experts." not in name
+            yield Local(
+                name=_global_name(chunk, name),
+                tensor=tensor,
+                dim=dim if dim >= 0 else None,
+                expert=expert,
+                copied=tied and name == "output_layer.weight",
+            )
+
+
+def _tensors(chunk: Any) -> Iterator[tuple[str, Tensor]]:
+    yield from chunk.named_parameters()
+    for name, buffer in chunk.named_buffers():
+        if name.endswith("router.expert_bias"):
+            yield name, buffer
+
+
+def _global_name(chunk: Any, name: str) -> str:
+    """With layers and experts counted over the whole model, and experts named as in a grouped module."""
+    if found := _LAYER.match(name):
+        number = chunk.decoder.layers[int(found[1])].layer_number - 1
+        name = f"decoder.layers.{number}.{name[found.end() :]}"
+    if found := _LOCAL_EXPERT.search(name):
+        return f"{name[: found.start()]}.experts.{found[2]}.{found[3]}{_expert(chunk, int(found[1]))}"
+    if found := _GROUPED_EXPERT.search(name):
+        return f"{name[: found.start()]}.experts.{found[1]}.{found[2]}{_expert(chunk, int(found[3]))}"
+    return name
+
+
+def _expert(chunk: Any, local: int) -> int:
+    size: int = parallel_state.get_expert_model_parallel_world_size()
+    own: int = chunk.config.num_moe_experts // size
+    return int(parallel_state.get_expert_model_parallel_rank()) * own + local

@@ -1,0 +1,225 @@
+"""Forward and backward passes of a mini-batch, as Megatron's schedules run them.
+
+The objective is exactly sum(weights * losses) over all trained tokens. Gradients are summed over micro-batches and over
+data- and context-parallel ranks, and never averaged: with `calculate_per_token_loss` Megatron leaves them as they are,
+and its division by a number of tokens is left out.
+
+Shapes: T trained tokens of a micro-batch on one context-parallel rank; S its samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from miles_core.filler import filler
+from miles_core.sample import Batch
+from miles_megatron.head import token_logprobs
+from miles_megatron.packing import Cut, MicroBatch, Row, row
+
+
+@dataclass(frozen=True)
+class Task:
+    """A micro-batch on this rank. segments: int64 [T], the sample of each token; samples: S."""
+
+    micro: MicroBatch
+    row: Row
+    segments: Tensor
+
+    @property
+    def samples(self) -> int:
+        """Samples of the micro-batch, on whichever context-parallel rank their tokens are."""
+        return len(self.micro.pieces)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the last stage computes from hidden states."""
+
+    vocabulary: int
+    temperature: float
+    entropy: bool
+
+
+Objective = Callable[[Task, Tensor, Tensor | None], Tensor]
+"""Of a task, its log-probabilities [T] and entropies [T] or None: the scalar to be differentiated."""
+
+
+class _SumOverContext(torch.autograd.Function):
+    """The sum over context-parallel ranks, whose gradient is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor) -> Tensor:
+        sums = sums.clone()
+        dist.all_reduce(sums, group=parallel_state.get_context_parallel_group())
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad, group=parallel_state.get_context_parallel_group())
+        return grad
+
+
+def over_context(sums: Tensor) -> Tensor:
+    """Adds up [S] partial sums of samples that are cut over context-parallel ranks, with a gradient."""
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return sums
+    summed: Tensor = _SumOverContext.apply(sums)  # type: ignore[no-untyped-call]
+    return summed
+
+
+def cut_of(config: Any) -> Cut:
+    """How rows must be divisible under a layout."""
+    return Cut(
+        context=config.context_parallel_size,
+        multiple=config.tensor_model_parallel_size if config.sequence_parallel else 1,
+    )
+
+
+def on_last_stage() -> bool:
+    """Whether this rank computes losses."""
+    return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
+
+
+class Passes:
+    """Runs micro-batches through the chunks of this rank. chunks: wrapped for training. config: the model's."""
+
+    def __init__(self, chunks: list[nn.Module], config: Any, device: torch.device) -> None:
+        self.chunks, self.config, self.device = chunks, config, device
+        self.cut = cut_of(config)
+        config.finalize_model_grads_func = _finalize
+
+    def overlap(self, ddp: Any) -> None:
+        """Lets gradients and parameters travel while passes run, as DistributedDataParallelConfig says."""
+        for name, asked, method in (
+            ("no_sync_func", ddp.overlap_grad_reduce, "no_sync"),
+            ("param_sync_func", ddp.overlap_grad_reduce and ddp.overlap_param_gather, "start_param_sync"),
+        ):
+            found = [getattr(chunk, method) for chunk in self.chunks] if asked else None
+            setattr(self.config, name, found[0] if found and len(found) == 1 else found)
+
+    def forward(self, batch: Batch, micros: Sequence[MicroBatch], head: Head) -> list[tuple[Task, Tensor]]:
+        """Log-probabilities of each micro-batch, without gradient; nothing on all but the last stage's ranks."""
+
+        def loss(task: Task, output: Tensor) -> tuple[Tensor, Tensor, Any]:
+            return output.sum(), _no_tokens(), (task, output[0].detach())
+
+        with torch.no_grad():
+            return self._run(batch, micros, head, loss, forward_only=True)
+
+    def forward_backward(
+        self, batch: Batch, micros: Sequence[MicroBatch], head: Head, objective: Objective
+    ) -> list[tuple[Task, Tensor]]:
+        """Leaves the summed gradients in the buffers. Returns what `forward` returns."""
+
+        def loss(task: Task, output: Tensor) -> tuple[Tensor, Tensor, Any]:
+            entropy = output[1] if head.entropy else None
+            value = objective(task, output[0], entropy)
+            return value * 0.0 if task.micro.dummy else value, _no_tokens(), (task, output[0].detach())
+
+        return self._run(batch, micros, head, loss, forward_only=False)
+
+    def _run(
+        self, batch: Batch, micros: Sequence[MicroBatch], head: Head, loss: Callable[..., Any], *, forward_only: bool
+    ) -> list[tuple[Task, Tensor]]:
+        rank = parallel_state.get_context_parallel_rank()
+        tasks = [self._task(batch, micro, rank) for micro in micros]
+
+        def step(tasks: Iterator[Task], chunk: nn.Module) -> tuple[Tensor, Any]:
+            task = next(tasks)
+            with filler(task.micro.dummy):
+                output = self._forward(task, chunk, head)
+            return output, lambda output: loss(task, output)
+
+        found: list[tuple[Task, Tensor]] = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[iter(tasks) for _ in self.chunks] if len(self.chunks) > 1 else iter(tasks),
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(tasks),
+            seq_length=self._longest(tasks),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return found
+
+    def _longest(self, tasks: Sequence[Task]) -> int:
+        return max(len(task.row.tokens) for task in tasks) * self.cut.context
+
+    def _task(self, batch: Batch, micro: MicroBatch, rank: int) -> Task:
+        indices = row(batch, micro, self.cut, rank)
+        return Task(micro, indices, torch.from_numpy(indices.segments).to(self.device))
+
+    def _forward(self, task: Task, chunk: nn.Module, head: Head) -> Tensor:
+        output: Tensor = chunk(
+            input_ids=self._move(task.row.tokens)[None],
+            position_ids=self._move(task.row.positions)[None],
+            attention_mask=None,
+            packed_seq_params=self._packed(task.row),
+            output_processor=_last_stage,
+            output_processor_context=(head, self._move(task.row.sources), self._move(task.row.targets)),
+        )
+        return output
+
+    def _packed(self, indices: Row) -> PackedSeqParams:
+        bounds = self._move(indices.bounds.astype(np.int32))
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=indices.longest,
+            max_seqlen_kv=indices.longest,
+        )
+
+    def _move(self, index: Any) -> Tensor:
+        return torch.from_numpy(index).to(self.device)
+
+
+def _no_tokens() -> Tensor:
+    """What Megatron would divide by."""
+    return torch.ones((), dtype=torch.int)
+
+
+def _finalize(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Sums gradients over ranks and divides by nothing."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _last_stage(
+    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: Any, config: Any, **_: Any
+) -> Tensor:
+    """Log-probabilities and, if asked for, entropies of the trained tokens: [1 or 2, T]."""
+    head, sources, targets = context
+    if config.sequence_parallel:
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+    else:
+        hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
+    logprobs, entropy = token_logprobs(
+        hidden[:, 0][sources],
+        output_layer.weight if output_weight is None else output_weight,
+        targets,
+        vocabulary=head.vocabulary,
+        temperature=head.temperature,
+        entropy=head.entropy,
+        group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    return torch.stack([logprobs] if entropy is None else [logprobs, entropy])
+
+
+def reduced(metrics: Mapping[str, Any] | None) -> Any:
+    """What the last stage's ranks know, on all ranks of the pipeline. A collective."""
+    found = [metrics]
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        dist.broadcast_object_list(found, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return found[0]

@@ -1,0 +1,111 @@
+"""Megatron's configuration objects, from a run's options and the family's description of the model.
+
+Each field comes from one of four places, the first that says something: what Miles must set; what config.json says of
+the model; the run file; what Miles defaults to. The run file against one of the first two is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from torch.nn import functional as F
+
+from miles_core.errors import UserError
+from miles_core.megatron import MegatronModel
+from miles_megatron.layout import Layout, check_layout, default_implementation
+from miles_megatron.options import TrainerOptions
+
+_FUNCTIONS = {"silu": F.silu}
+_LR = 1e-6
+
+
+def transformer(options: TrainerOptions, model: MegatronModel, world_size: int) -> Any:
+    """The `TransformerConfig` of the run. Raises `UserError` for a layout that does not fit."""
+    layout = Layout.of(options.parallel)
+    _refuse_conflicts(options, model)
+    check_layout(layout, model, world_size, options)
+    half = bool(options.parallel.get("bf16", False))
+    dtype = torch.bfloat16 if half else torch.float32
+    fields = {
+        **_defaults(model),
+        **options.transformer,
+        **options.parallel,
+        **model.transformer,
+        "expert_tensor_parallel_size": layout.expert_tensor,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": half,
+        "calculate_per_token_loss": True,
+        "variable_seq_lengths": True,
+        "perform_initialization": False,
+        "deallocate_pipeline_outputs": True,
+    }
+    if not model.transformer.get("multi_latent_attention"):
+        fields = {name: value for name, value in fields.items() if name not in _latent_only()}
+    fields["activation_func"] = _FUNCTIONS[fields["activation_func"]]
+    cls = MLATransformerConfig if model.transformer.get("multi_latent_attention") else TransformerConfig
+    return _built(cls, fields, "transformer")
+
+
+def _latent_only() -> set[str]:
+    return set(MLATransformerConfig.__dataclass_fields__) - set(TransformerConfig.__dataclass_fields__)
+
+
+def _defaults(model: MegatronModel) -> dict[str, Any]:
+    """What holds unless the run file says otherwise."""
+    implementation = default_implementation()
+    cuda = torch.cuda.is_available()
+    found: dict[str, Any] = {
+        "transformer_impl": implementation,
+        "use_cpu_initialization": not cuda,
+        "attention_softmax_in_fp32": True,
+        "moe_token_dispatcher_type": "alltoall",  # the only one for micro-batches that differ in length
+        **model.defaults,
+    }
+    if "num_moe_experts" in model.transformer:
+        found["moe_grouped_gemm"] = implementation == "transformer_engine"
+    if cuda:
+        found |= {"bias_activation_fusion": True, "apply_rope_fusion": implementation == "transformer_engine"}
+    return found
+
+
+def _refuse_conflicts(options: TrainerOptions, model: MegatronModel) -> None:
+    for name, value in options.transformer.items():
+        if name in model.transformer and model.transformer[name] != value:
+            raise UserError(
+                f"trainer.transformer.{name} is {value!r}, but the model's config.json says "
+                f"{model.transformer[name]!r}; leave it out"
+            )
+
+
+def ddp(options: TrainerOptions) -> DistributedDataParallelConfig:
+    """How gradients are summed. The distributed optimizer is on unless the run file says otherwise."""
+    fields = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, **options.ddp}
+    return _built(DistributedDataParallelConfig, fields, "ddp")
+
+
+def optimizer(options: TrainerOptions, reduction: DistributedDataParallelConfig) -> OptimizerConfig:
+    """The optimizer of a stage."""
+    half = bool(options.parallel.get("bf16", False))
+    fields = {
+        "lr": _LR,
+        **options.optimizer,
+        "bf16": half,
+        "params_dtype": torch.bfloat16 if half else torch.float32,
+        "use_distributed_optimizer": reduction.use_distributed_optimizer,
+        "overlap_param_gather": reduction.overlap_param_gather,
+    }
+    return _built(OptimizerConfig, fields, "optimizer")
+
+
+def _built(cls: type[Any], fields: Mapping[str, Any], section: str) -> Any:
+    """Megatron's own checks, as errors that say where to look."""
+    try:
+        return cls(**fields)
+    except (AssertionError, TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"[trainer.{section}]: Megatron-core refuses this: {error}") from error

@@ -1,0 +1,169 @@
+"""Megatron-core's own options, as its configuration classes declare them: read from its source, without importing it.
+
+A run file names fields of these classes in `[trainer.transformer]`, `[trainer.parallel]`, `[trainer.optimizer]`,
+`[trainer.scheduler]` and `[trainer.ddp]`. What Miles sets itself is in `RESERVED`, with the reason; to set such a field
+otherwise is an error.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from miles_core.errors import MissingExtraError, UserError, nearest
+
+SECTIONS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "transformer": (
+        ("core/transformer/transformer_config.py", "TransformerConfig"),
+        ("core/transformer/transformer_config.py", "MLATransformerConfig"),
+    ),
+    "parallel": (("core/model_parallel_config.py", "ModelParallelConfig"),),
+    "optimizer": (("core/optimizer/optimizer_config.py", "OptimizerConfig"),),
+    "scheduler": (("training/config/training_config.py", "SchedulerConfig"),),
+    "ddp": (("core/distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig"),),
+}
+"""Section -> the classes whose fields it holds, by file below the package `megatron`."""
+
+_MODEL = "the model's config.json says it"
+_DTYPE = "follows from transformer.bf16"
+_LOOP = "Miles schedules forward and backward passes"
+RESERVED: Mapping[str, Mapping[str, str]] = {
+    "transformer": {
+        "hidden_dropout": "with dropout, log-probabilities of the same weights would differ from pass to pass",
+        "attention_dropout": "with dropout, log-probabilities of the same weights would differ from pass to pass",
+        "calculate_per_token_loss": "the objective is a sum over tokens, weighted by Batch.weights",
+        "multi_latent_attention": _MODEL,
+        "activation_func": _MODEL,
+        "init_method": "weights come from the model folder, or from the run's seed",
+        "output_layer_init_method": "weights come from the model folder, or from the run's seed",
+        "embedding_init_method": "weights come from the model folder, or from the run's seed",
+        "init_model_with_meta_device": "weights come from the model folder, or from the run's seed",
+        "use_mup": "it scales logits, which the log-probabilities do not know",
+    },
+    "parallel": {
+        "fp16": "only bf16 and float32 train here; set parallel.bf16",
+        "params_dtype": _DTYPE,
+        "pipeline_dtype": _DTYPE,
+        "variable_seq_lengths": "packed micro-batches differ in length",
+        "perform_initialization": "weights come from the model folder, or from the run's seed",
+        "timers": "an object, not a value",
+        **dict.fromkeys(
+            (
+                "finalize_model_grads_func",
+                "grad_scale_func",
+                "moe_grad_scale_func",
+                "mtp_grad_scale_func",
+                "no_sync_func",
+                "grad_sync_func",
+                "param_sync_func",
+            ),
+            _LOOP,
+        ),
+    },
+    "optimizer": {
+        "fp16": "only bf16 and float32 train here; set parallel.bf16",
+        "bf16": "follows from parallel.bf16",
+        "params_dtype": _DTYPE,
+        "use_distributed_optimizer": "follows from ddp.use_distributed_optimizer",
+        "overlap_param_gather": "follows from ddp.overlap_param_gather",
+        "timers": "an object, not a value",
+    },
+    "scheduler": {
+        "lr_decay_samples": "Miles counts optimizer steps; set scheduler.lr_decay_iters",
+        "lr_warmup_samples": "Miles counts optimizer steps; set scheduler.lr_warmup_iters",
+        "lr_wsd_decay_samples": "Miles counts optimizer steps; set scheduler.lr_wsd_decay_iters",
+        "override_opt_param_scheduler": "a checkpoint is restored in the stage that it was saved in",
+        "use_checkpoint_opt_param_scheduler": "a checkpoint is restored in the stage that it was saved in",
+    },
+    "ddp": {
+        "use_megatron_fsdp": "Megatron's FSDP is not supported here",
+        "use_custom_fsdp": "Megatron's FSDP is not supported here",
+        "average_in_collective": "gradients are summed, never averaged",
+        "check_for_nan_in_grad": "Miles checks each step and names the sample",
+    },
+}
+"""Section -> fields that Miles sets, each with the reason."""
+
+RESERVED_VALUES: Mapping[str, Any] = {
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "calculate_per_token_loss": True,
+    "variable_seq_lengths": True,
+    "perform_initialization": False,
+    "average_in_collective": False,
+    "check_for_nan_in_grad": False,
+    "fp16": False,
+    "use_mup": False,
+    "init_model_with_meta_device": False,
+    "use_megatron_fsdp": False,
+    "use_custom_fsdp": False,
+}
+"""What Miles sets reserved fields to, where that is a plain value; saying the same is no conflict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """A field of one of Megatron's configuration classes. annotation: its type, as written; owner: the class."""
+
+    name: str
+    annotation: str
+    owner: str
+
+
+def root() -> Path:
+    """The folder of the installed package `megatron`. Raises `MissingExtraError` if it is not installed."""
+    spec = find_spec("megatron")  # a namespace package: nothing is imported
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if Path(folder, "core").is_dir():
+            return Path(folder)
+    raise MissingExtraError(
+        "trainer 'megatron' needs megatron-core: pip install 'miles-megatron[core]' "
+        "(on Python 3.11: pip install --no-deps --ignore-requires-python megatron-core==0.19.2)"
+    )
+
+
+@cache
+def fields(section: str) -> Mapping[str, Field]:
+    """Name -> field, of the classes of a section; of `transformer` without those that `parallel` has."""
+    inherited = fields("parallel") if section == "transformer" else {}
+    found = {}
+    for file, cls in SECTIONS[section]:
+        for name, annotation in _declared(root() / file, cls):
+            if name not in inherited:
+                found[name] = Field(name=name, annotation=annotation, owner=cls)
+    return found
+
+
+def _declared(file: Path, cls: str) -> list[tuple[str, str]]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls)
+    return [
+        (node.target.id, ast.unparse(node.annotation))
+        for node in body
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and not node.target.id.startswith("_")
+        and not (isinstance(node.value, ast.Call) and "init=False" in ast.unparse(node.value))
+    ]
+
+
+def check(section: str, given: Mapping[str, Any]) -> None:
+    """Refuses fields that Megatron does not have, that belong elsewhere, and that Miles sets. Raises `UserError`."""
+    if not given:
+        return
+    known = fields(section)
+    for name, value in given.items():
+        if name in RESERVED[section] and RESERVED_VALUES.get(name) != value:
+            raise UserError(f"{section}.{name} cannot be set to {value!r}: {RESERVED[section][name]}")
+        if name not in known:
+            raise UserError(f"{section} has no option {name!r}. {_elsewhere(section, name) or nearest(name, known)}")
+
+
+def _elsewhere(section: str, name: str) -> str:
+    homes = [f"[trainer.{other}]" for other in SECTIONS if other != section and name in fields(other)]
+    return f"It belongs in {' or '.join(homes)}." if homes else ""

@@ -1,0 +1,361 @@
+"""The trainer `megatron`: one rank of a model that Megatron-core spreads over tensor, pipeline, context, expert and
+data-parallel ranks.
+
+What a mini-batch computes does not depend on any of it: the objective is a sum over tokens (`miles_megatron.passes`),
+micro-batches are formed alike on every rank (`miles_megatron.packing`), and weights leave whole and under their Hugging
+Face names (`miles_megatron.weights`).
+
+Shapes: N tokens of a batch; T trained tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import get_megatron_optimizer
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from miles_core.errors import RunError, UserError
+from miles_core.roles import Bucket, BucketLayout, LossInputs, Segments, TrainerContext, TrainStage
+from miles_core.run.mismatch import mismatch
+from miles_core.sample import Batch
+from miles_megatron import checkpoint, families, model, schedule, settings
+from miles_megatron.layout import Layout
+from miles_megatron.options import TrainerOptions
+from miles_megatron.packing import MicroBatch, pieces, plan
+from miles_megatron.passes import Head, Passes, Task, on_last_stage, over_context, reduced
+from miles_megatron.weights import Exporter, Folder, Fresh, Table, load
+from miles_torch.metrics import Sums, report, summary
+from miles_torch.packing import describe
+
+_COLUMNS = frozenset({"advantages", "old_logprobs", "rollout_logprobs", "staleness", "ref_logprobs"})
+"""Columns of a batch that are fields of `LossInputs`."""
+
+
+class MegatronTrainer:
+    """One rank. See `miles_core.roles.Trainer`."""
+
+    def __init__(self, options: TrainerOptions, context: TrainerContext) -> None:
+        self.options, self.context = options, context
+        self._optimizer: Any = None
+
+    # ---- Life ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Joins the other ranks, builds this rank's part of the model, loads its weights, tells `model_built`."""
+        context = self.context
+        torch.set_num_threads(context.threads)
+        self._config_json = json.loads((context.model / "config.json").read_text(encoding="utf-8"))
+        self._model = families.describe(self._config_json)
+        self._device = self._take_device()
+        self._config = settings.transformer(self.options, self._model, context.world_size)
+        self._join()
+        chunks = model.build(self._config, self._model, self._device)
+        table = Table(self._model)
+        self._exporter = Exporter(chunks, table)
+        self._load(chunks, table)
+        self._bare: Any = model.bare(chunks[0]) if len(chunks) == 1 else nn.ModuleList(map(model.bare, chunks))
+        if context.hooks is not None:
+            context.hooks.model_built(context=context, model=self._bare)
+        self._ddp = settings.ddp(self.options)
+        self._chunks = [DistributedDataParallel(self._config, self._ddp, chunk) for chunk in chunks]
+        self._passes = Passes(self._chunks, self._config, self._device)
+        self._passes.overlap(self._ddp)
+        self._reference = self._copy() if context.reference else None
+
+    def _take_device(self) -> torch.device:
+        if not self.context.gpus:
+            return torch.device("cpu")
+        device = torch.device("cuda", self.context.rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+
+    def _join(self) -> None:
+        context = self.context
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if context.gpus else "gloo",
+            init_method=context.address,
+            rank=context.rank,
+            world_size=context.world_size,
+            timeout=timedelta(seconds=context.timeout_s),
+        )
+        model.divide_ranks(Layout.of(self.options.parallel), context.seed, context.timeout_s)
+
+    def _load(self, chunks: list[nn.Module], table: Table) -> None:
+        folder = self.context.model
+        if not any(folder.glob("*.safetensors")):
+            load(chunks, table, Fresh(self.context.seed, float(self._config_json.get("initializer_range", 0.02))))
+            return
+        source = Folder(folder)
+        source.check(table, self._exporter.names)
+        load(chunks, table, source)
+
+    def begin(self, stage: TrainStage) -> None:
+        """A new optimizer and schedule; the reference becomes a copy of the weights as they are now."""
+        options: TrainerOptions = stage.options
+        for name in ("transformer", "parallel", "ddp"):
+            if dict(getattr(options, name)) != dict(getattr(self.options, name)):
+                raise UserError(f"stage {stage.name!r}: trainer.{name} is for the whole run; set it once, in [trainer]")
+        self._stage, self._stage_options = stage, options
+        self._optimizer = get_megatron_optimizer(settings.optimizer(options, self._ddp), self._chunks)
+        self._scheduler = schedule.build(self._optimizer, options, stage.optimizer_steps)
+        self._zero()
+        if self._reference is not None:
+            self._reference = self._copy()
+
+    def sleep(self) -> None:
+        """Gives the GPU memory back; everything waits in host memory."""
+
+    def wake(self) -> None:
+        """The opposite of `sleep`."""
+
+    def stop(self) -> None:
+        """Leaves the process groups."""
+        if dist.is_initialized():
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+    # ---- The frozen reference --------------------------------------------------------------------------------
+
+    def _tensors(self) -> list[Tensor]:
+        """This rank's part of the model."""
+        return [own.tensor for own in model.parameters([*self._chunks])]
+
+    def _copy(self) -> list[Tensor]:
+        """It as it is now, in host memory."""
+        return [tensor.detach().to("cpu", copy=True) for tensor in self._tensors()]
+
+    def _put(self, tensors: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for own, other in zip(self._tensors(), tensors, strict=True):
+                own.copy_(other)
+
+    # ---- Numbers ---------------------------------------------------------------------------------------------
+
+    def logprobs(self, batch: Batch, which: Literal["policy", "reference"], step: int) -> NDArray[np.float32] | None:
+        """Token column [N] on rank 0. Packs exactly as `update` does, so that nothing differs before an update."""
+        context = self.context
+        if context.hooks is not None:
+            context.hooks.before_logprobs(context=context, step=step, model=self._bare)
+        if which == "policy":
+            return self._column_of(batch)
+        assert self._reference is not None, "the run was planned without a reference"
+        policy = self._copy()
+        self._put(self._reference)
+        try:
+            return self._column_of(batch)
+        finally:
+            self._put(policy)
+
+    def _column_of(self, batch: Batch) -> NDArray[np.float32] | None:
+        column = torch.zeros(batch.tokens_total)
+        for chunk in self._chunks:
+            chunk.eval()
+        for samples in _minibatches(batch):
+            micros = self._plan(batch, samples)
+            if not micros:
+                continue
+            for task, logprobs in self._passes.forward(batch, micros, self._head(batch, entropy=False)):
+                if not task.micro.dummy and parallel_state.get_tensor_model_parallel_rank() == 0:
+                    column[torch.from_numpy(task.row.rows)] = logprobs.float().cpu()
+        dist.reduce(column, dst=0)
+        return column.numpy() if self.context.rank == 0 else None
+
+    def update(self, batch: Batch, step: int, passes: int) -> Mapping[str, float]:
+        """See `miles_core.roles.Trainer.update`, and `miles_torch.trainer` for the metrics, which are the same."""
+        minibatches = _minibatches(batch)
+        count = passes * len(minibatches)
+        if count > 1 and "old_logprobs" in self._stage.needs and "old_logprobs" not in batch:
+            raise ValueError(f"{count} optimizer steps on a batch need its column old_logprobs")
+        reports: list[dict[str, float]] = []
+        for number in range(count):
+            first = not any(done["tokens"] for done in reports)
+            reports.append(self._optimizer_step(batch, minibatches[number % len(minibatches)], step, first=first))
+        return summary(reports, passes)
+
+    def _optimizer_step(self, batch: Batch, samples: Sequence[int], step: int, *, first: bool) -> dict[str, float]:
+        hooks = self.context.hooks
+        told = {"context": self.context, "step": step, "model": self._bare, "optimizer": self._optimizer}
+        if hooks is not None:
+            part = batch if len(samples) == len(batch) else batch.select(samples)
+            hooks.before_train_step(**told, batch=part)
+        started = time.perf_counter()
+        metrics = self._forward_backward(batch, samples, first=first)
+        metrics["train_seconds"] = time.perf_counter() - started
+        metrics["learning_rate"] = schedule.rate(self._optimizer)
+        fault = metrics.pop("fault", None)
+        metrics["grad_norm"] = norm = self._gradient_norm()
+        if fault is None and not math.isfinite(norm):
+            fault = (
+                f"step {step}: the gradient norm is {norm} although all losses are finite. "
+                "A lower learning rate, or float32, may help."
+            )
+        if fault is None:
+            self._optimizer.step()
+        else:
+            self._skip(fault, told)
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)} | {"skipped_steps": 1.0}
+        self._scheduler.step(1)
+        self._zero()
+        if hooks is not None:
+            hooks.after_train_step(**told, metrics=metrics)
+        return metrics
+
+    def _skip(self, fault: str, told: Mapping[str, Any]) -> None:
+        """Asks the callbacks whether a step that is not finite may be skipped. Raises `RunError` if it may not."""
+        if self.context.hooks is None or not self.context.hooks.step_not_finite(**told, fault=fault):
+            raise RunError(fault)
+
+    def _zero(self) -> None:
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+    def _gradient_norm(self) -> float:
+        self._optimizer.prepare_grads()
+        return float(self._optimizer.get_grad_norm() or 0.0)
+
+    def _forward_backward(self, batch: Batch, samples: Sequence[int], *, first: bool) -> dict[str, Any]:
+        """Metrics on every rank, with a `fault` if the loss is not finite."""
+        sums = Sums(self._device, parallel_state.get_data_parallel_group(with_context_parallel=True))
+        bad: list[str] = []
+
+        def objective(task: Task, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
+            value, losses = self._objective(batch, task, logprobs, entropy, sums, first=first)
+            if not task.micro.dummy and not torch.isfinite(value):
+                bad.append(_first_not_finite(batch, task, logprobs.detach(), losses.detach()))
+            return value
+
+        for chunk in self._chunks:
+            chunk.train()
+        micros = self._plan(batch, samples)
+        if micros:
+            head = self._head(batch, entropy=self._stage.entropy)
+            self._passes.forward_backward(batch, micros, head, objective)
+        found: dict[str, Any] = report(sums.reduce()) if on_last_stage() else {}
+        found = reduced(found)
+        if not math.isfinite(found["loss"]):
+            found["fault"] = self._fault(bad)
+        return found
+
+    def _fault(self, bad: Sequence[str]) -> str:
+        """What to say of a loss that is not finite. A collective."""
+        found: list[str | None] = [None] * self.context.world_size
+        dist.all_gather_object(found, bad[0] if bad else None)
+        where = next(filter(None, found), "the weights times the losses overflow")
+        return f"{where}; the loss is not finite and the step was not taken."
+
+    def _objective(
+        self, batch: Batch, task: Task, logprobs: Tensor, entropy: Tensor | None, sums: Sums, *, first: bool
+    ) -> tuple[Tensor, Tensor]:
+        """sum(weights * losses) of a micro-batch, and the losses."""
+        needs = self._stage.needs & _COLUMNS
+        columns = {name: self._column(batch, name, task) for name in needs if name in batch}
+        if "old_logprobs" in needs and "old_logprobs" not in batch:
+            columns["old_logprobs"] = logprobs.detach()
+        segments = Segments(ids=task.segments, count=task.samples, reduce=over_context)
+        inputs = LossInputs(logprobs=logprobs, segments=segments, entropy=entropy, **columns)
+        outputs = self._stage.loss(inputs, self._stage.options_for(batch))
+        if outputs.losses.shape != logprobs.shape:
+            raise RunError(
+                f"the loss gave {tuple(outputs.losses.shape)} values for {len(logprobs)} trained tokens; "
+                "it must give one per token and average nothing."
+            )
+        weighted = outputs.losses * self._column(batch, "weights", task)
+        observed = {"loss": weighted, **outputs.metrics}
+        if entropy is not None:
+            observed["entropy"] = entropy
+        if first:
+            rollout = self._column(batch, "rollout_logprobs", task)
+            made = torch.from_numpy(batch["versions"][task.row.rows] >= 0).to(self._device)
+            observed |= mismatch(logprobs.detach()[made], rollout[made])
+        for name, values in observed.items():
+            sums.add(name, values, count=not task.micro.dummy)
+        return weighted.sum(), outputs.losses
+
+    def _plan(self, batch: Batch, samples: Sequence[int]) -> list[MicroBatch]:
+        found = pieces(batch, samples, self._passes.cut)
+        ranks = parallel_state.get_data_parallel_world_size()
+        group = self._config.pipeline_model_parallel_size if len(self._chunks) > 1 else 1
+        budget = self._stage_options.micro_batch_tokens
+        planned = plan(found, budget=budget, ranks=ranks, group=group)
+        return planned[parallel_state.get_data_parallel_rank()]
+
+    def _head(self, batch: Batch, *, entropy: bool) -> Head:
+        """Greedy sampling reports log-probabilities at temperature 1."""
+        return Head(self._model.gpt["vocab_size"], batch.temperature or 1.0, entropy)
+
+    def _column(self, batch: Batch, name: str, task: Task) -> Tensor:
+        return torch.from_numpy(batch[name][task.row.rows].astype(np.float32)).to(self._device)
+
+    # ---- Weights ---------------------------------------------------------------------------------------------
+
+    def layout(self) -> Sequence[BucketLayout]:
+        """What `export` will yield."""
+        return self._exporter.layout()
+
+    def export(self) -> Iterator[Bucket]:
+        """See `miles_core.roles.Trainer.export`. Only rank 0's buckets hold bytes."""
+        return self._exporter.buckets()
+
+    def save(self, folder: Path) -> None:
+        """Everything that `restore` needs; see `miles_megatron.checkpoint` for the files."""
+        state = checkpoint.with_optimizer(checkpoint.model_state(self._chunks), self._optimizer, loading=False)
+        checkpoint.write({**state, **self._reference_state()}, folder / "dist")
+        steps = self._scheduler.num_steps
+        checkpoint.write_record(folder, {"stage": self._stage.name, "optimizer_steps": steps})
+
+    def restore(self, folder: Path) -> None:
+        """The opposite of `save`, under any layout, after `begin`. Raises `UserError` if it does not fit."""
+        record = checkpoint.read_record(folder, self._stage.name)
+        state = checkpoint.with_optimizer(checkpoint.model_state(self._chunks), self._optimizer, loading=True)
+        loaded = checkpoint.read({**state, **self._reference_state()}, folder / "dist")
+        checkpoint.put_model(self._chunks, loaded)
+        self._optimizer.load_state_dict(loaded["optimizer"])
+        self._scheduler.num_steps = 0
+        self._scheduler.step(int(record["optimizer_steps"]))
+
+    def _reference_state(self) -> dict[str, Any]:
+        if self._reference is None:
+            return {}
+        pairs = zip(self._tensors(), self._reference, strict=True)
+        return checkpoint.reference_state(self._chunks, {own.data_ptr(): other for own, other in pairs})
+
+    def save_pretrained(self, folder: Path) -> None:
+        """See `miles_core.roles.Trainer.save_pretrained`. A collective; rank 0 writes."""
+        checkpoint.save_pretrained(self._exporter, self.context.model, folder, writes=self.context.rank == 0)
+
+
+def _minibatches(batch: Batch) -> list[list[int]]:
+    """The samples of each mini-batch; one with all of them before the batch has been divided."""
+    if "minibatch" not in batch.samples:
+        return [list(range(len(batch)))]
+    numbers = batch.samples["minibatch"]
+    return [np.flatnonzero(numbers == number).tolist() for number in range(int(numbers.max(initial=0)) + 1)]
+
+
+def _first_not_finite(batch: Batch, task: Task, logprobs: Tensor, losses: Tensor) -> str:
+    """Names the first trained token of a micro-batch at which something is not finite."""
+    bad = torch.nonzero(~(torch.isfinite(logprobs) & torch.isfinite(losses)))
+    if not len(bad):
+        return ""
+    place = int(bad[0])
+    index = int(task.row.rows[place])
+    sample = int(np.searchsorted(batch.cu_seqlens, index, side="right")) - 1
+    token = index - int(batch.cu_seqlens[sample])
+    return (
+        f"sample {describe(batch, sample)}, token {token} (id {int(task.row.targets[place])}): "
+        f"log-probability {logprobs[place].item():g}, loss {losses[place].item():g}"
+    )

@@ -1,0 +1,265 @@
+"""What the tests share: tiny models of each family, batches, and training runs in this process or on several ranks.
+
+`python megatron_kit.py JOBS OUT RANK WORLD` is one rank of several: it runs one job after another, each with a process
+group of its own, so that many layouts cost one start. Rank 0 leaves the results in OUT.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig
+
+from miles_core.roles import LossInputs, LossOutputs, TrainerContext, TrainStage
+from miles_core.sample import Batch, Sample
+from miles_core.testing.models import randomised, save_model
+
+VOCABULARY = 97
+OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "adam_beta2": 0.95, "clip_grad": 1.0}
+
+_SHARED: Mapping[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+MODELS: Mapping[str, Mapping[str, Any]] = {
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "llama": {"model_type": "llama", "tie_word_embeddings": False},
+}
+"""Name -> fields of config.json over the shared ones."""
+
+
+def make_model(folder: Path, name: str = "qwen3", **changes: Any) -> Path:
+    """A Hugging Face folder with random weights that are far from uniform."""
+    fields = {**_SHARED, **MODELS[name], **changes}
+    config = AutoConfig.for_model(**{"model_type": fields.pop("model_type"), **fields})
+    return save_model(randomised(config, torch.Generator().manual_seed(5)), folder)
+
+
+def make_batch(
+    seed: int = 0, groups: int = 4, samples: int = 3, minibatches: int = 1, temperature: float = 1.0
+) -> Batch:
+    """Groups with one prompt each and responses of 1 to 12 tokens, some of them not trained."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for group in range(groups):
+        prompt = rng.integers(1, VOCABULARY, rng.integers(1, 9)).astype(np.int32)
+        for index in range(samples):
+            size = int(rng.integers(1, 13))
+            mask = rng.random(size) > 0.2
+            if group == index == 0:
+                mask[:] = False
+            made.append(
+                Sample(
+                    group=group,
+                    index=index,
+                    prompt=prompt,
+                    response=rng.integers(1, VOCABULARY, size).astype(np.int32),
+                    mask=mask,
+                    logprobs=-4 + rng.random(size).astype(np.float32),
+                    versions=np.zeros(size, np.int32),
+                    status="completed",
+                    text="",
+                    reward=float(rng.random()),
+                )
+            )
+    batch = Batch.pack(made, temperature=temperature)
+    numbers = np.arange(len(made)) * minibatches // len(made)
+    return batch.with_samples(minibatch=numbers.astype(np.int32)).with_columns(
+        weights=np.where(batch["mask"], rng.random(batch.tokens_total), 0) / max(1, batch["mask"].sum()),
+        advantages=np.where(batch["mask"], rng.standard_normal(batch.tokens_total), 0),
+    )
+
+
+def policy_loss(inputs: LossInputs, options: Any) -> LossOutputs:
+    """A policy gradient with an entropy bonus, and a term over whole sequences."""
+    assert inputs.advantages is not None
+    old = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
+    difference = inputs.logprobs - old
+    losses = -difference.exp() * inputs.advantages
+    losses = losses + 0.1 * inputs.segments.spread(inputs.segments.mean(inputs.logprobs))
+    if inputs.entropy is not None:
+        losses = losses - 0.3 * inputs.entropy
+    return LossOutputs(losses=losses, metrics={"ppo_kl": -difference.detach(), "loss_max": losses.detach()})
+
+
+def free_address() -> str:
+    """An address on this machine that nothing listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def stage(options: Any, steps: int = 8) -> TrainStage:
+    """A stage with the loss above."""
+    needs = frozenset({"advantages", "old_logprobs"})
+    return TrainStage(
+        name="only",
+        loss=policy_loss,
+        loss_options=None,
+        entropy=True,
+        needs=needs,
+        optimizer_steps=steps,
+        options=options,
+    )
+
+
+def context(model: Path, *, rank: int = 0, world_size: int = 1, address: str = "", hooks: Any = None) -> TrainerContext:
+    """Of one rank on a CPU."""
+    return TrainerContext(
+        model=model,
+        rank=rank,
+        world_size=world_size,
+        address=address or free_address(),
+        gpus=0,
+        threads=1,
+        seed=7,
+        reference=True,
+        timeout_s=60,
+        hooks=hooks,
+    )
+
+
+def make_trainer(model: Path, options: Mapping[str, Any] | None = None, **where: Any) -> Any:
+    """A trainer `megatron` that is ready to train."""
+    from miles_megatron.options import TrainerOptions
+    from miles_megatron.start import make_trainer as make
+
+    chosen = TrainerOptions(**{"optimizer": OPTIMIZER, **(options or {})})
+    trainer = make(chosen, context(model, **where))
+    trainer.start()
+    trainer.begin(stage(chosen))
+    return trainer
+
+
+def torch_trainer(model: Path) -> Any:
+    """A trainer `torch` with the same optimizer: the reference."""
+    from miles_torch.options import OptimizerOptions
+    from miles_torch.options import TrainerOptions as TorchOptions
+    from miles_torch.trainer import TorchTrainer
+
+    optimizer = OptimizerOptions(learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), max_grad_norm=1.0)
+    chosen = TorchOptions(optimizer=optimizer)
+    trainer = TorchTrainer(chosen, context(model))
+    trainer.start()
+    trainer.begin(stage(chosen))
+    return trainer
+
+
+def exported(trainer: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """The policy's weights by name; nothing on all ranks but 0."""
+    weights = {}
+    for bucket in trainer.export():
+        if len(bucket.flat):
+            parts = torch.split(bucket.flat, [int(np.prod(shape)) for shape in bucket.shapes])
+            for name, part, shape in zip(bucket.names, parts, bucket.shapes, strict=True):
+                weights[name] = part.detach().numpy().copy().reshape(shape)
+    return weights
+
+
+def train(trainer: Any, seeds: Sequence[int], minibatches: int = 1) -> dict[str, Any]:
+    """Log-probabilities before, metrics of each batch, weights and the reference's log-probabilities after."""
+    probe = make_batch(99)
+    before = trainer.logprobs(probe, "policy", 0)
+    metrics = []
+    for seed in seeds:
+        batch = make_batch(seed, minibatches=minibatches, temperature=0.8)
+        if minibatches > 1:  # any values do, as long as every rank has the same
+            batch = batch.with_columns(old_logprobs=batch["rollout_logprobs"] - 1)
+        metrics.append(dict(trainer.update(batch, seed, 1)))
+    after = [trainer.logprobs(probe, which, 9) for which in ("policy", "reference")]
+    return {"before": before, "metrics": metrics, "after": after, "weights": exported(trainer)}
+
+
+def run_job(job: Mapping[str, Any], **where: Any) -> Any:
+    """One job: {"model", "options", "seeds", "minibatches", "restore", "save", "pretrained"}.
+
+    Gives {"refused"} if the trainer is.
+    Or {"function"}: see `run_functions`."""
+    from miles_core.errors import RunError, UserError
+
+    if "function" in job:
+        return _call(job["function"], **where)
+    try:
+        trainer = make_trainer(Path(job["model"]), job.get("options"), **where)
+    except (UserError, RunError) as error:
+        return {"refused": str(error)}
+    try:
+        if job.get("restore"):
+            trainer.restore(Path(job["restore"]))
+        result = train(trainer, job.get("seeds", ()), job.get("minibatches", 1))
+        if job.get("save"):
+            trainer.save(Path(job["save"]))
+        if job.get("pretrained"):
+            trainer.save_pretrained(Path(job["pretrained"]))
+        return result
+    finally:
+        trainer.stop()
+
+
+def run_jobs(out: Path, world_size: int, jobs: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Each of `jobs` on `world_size` ranks in new processes."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "jobs.json").write_text(json.dumps([{**job, "address": free_address()} for job in jobs]))
+    command = [sys.executable, __file__, str(out / "jobs.json"), str(out / "results.pkl")]
+    ranks = [subprocess.Popen([*command, str(rank), str(world_size)]) for rank in range(world_size)]
+    try:
+        deadline = time.monotonic() + 250
+        while any(rank.poll() is None for rank in ranks):
+            assert not any(rank.poll() for rank in ranks), "a rank failed; its traceback is in the output"
+            assert time.monotonic() < deadline, "the ranks take too long"
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0] * world_size
+    results: list[Any] = pickle.loads((out / "results.pkl").read_bytes())
+    return results
+
+
+def run_functions(out: Path, world_size: int, reference: str) -> Any:
+    """What "module:function" of this folder, called with the rank, gives on rank 0 of several that form a group."""
+    return run_jobs(out, world_size, [{"function": reference}])[0]
+
+
+def _call(reference: str, rank: int, world_size: int, address: str) -> Any:
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    try:
+        return resolve_name(reference)(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    """See the head of the module."""
+    torch.set_num_threads(1)
+    jobs, out, rank, world_size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    results = [
+        run_job(job, rank=rank, world_size=world_size, address=job["address"]) for job in json.loads(jobs.read_text())
+    ]
+    if rank == 0:
+        out.write_bytes(pickle.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

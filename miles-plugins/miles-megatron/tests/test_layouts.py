@@ -1,0 +1,73 @@
+"""Every layout on CPU ranks against one process of the trainer `torch`: the same loss, gradient norm and weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from megatron_kit import make_model, run_jobs, torch_trainer, train
+
+TWO: dict[str, dict[str, Any]] = {
+    "dp2": {},
+    "dp2 in small micro-batches": {"micro_batch_tokens": 24},
+    "dp2 without the distributed optimizer": {"ddp": {"use_distributed_optimizer": False}},
+    "dp2 overlapped": {"ddp": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+    "tp2": {"parallel": {"tensor_model_parallel_size": 2}},
+    "tp2 sp": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+    "pp2": {"parallel": {"pipeline_model_parallel_size": 2}, "micro_batch_tokens": 24},
+    "pp2 vp2": {
+        "parallel": {
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+        },
+        "micro_batch_tokens": 24,
+    },
+    "cp2": {"parallel": {"context_parallel_size": 2}, "micro_batch_tokens": 40},
+    "tp2 recomputed": {
+        "parallel": {"tensor_model_parallel_size": 2},
+        "transformer": {
+            "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
+        },
+    },
+}  # fmt: skip
+FOUR: dict[str, dict[str, Any]] = {
+    "tp2 pp2": {"parallel": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}},
+    "tp2 sp dp2": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+    "cp2 tp2 sp": {
+        "parallel": {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+    },
+    "cp2 pp2": {"parallel": {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}, "micro_batch_tokens": 40},
+}
+SEEDS = [0, 1]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Layout -> what came of training under it, and the reference under ""."""
+    folder = tmp_path_factory.mktemp("layouts")
+    model = make_model(folder / "model")
+    reference = torch_trainer(model)
+    results = {"": train(reference, SEEDS)}
+    reference.stop()
+    for ranks, layouts in ((2, TWO), (4, FOUR)):
+        jobs = [{"model": str(model), "seeds": SEEDS, "options": options} for options in layouts.values()]
+        results.update(zip(layouts, run_jobs(folder / str(ranks), ranks, jobs), strict=True))
+    return results
+
+
+@pytest.mark.parametrize("layout", [*TWO, *FOUR])
+def test_numbers_do_not_depend_on_the_layout(trained: dict[str, Any], layout: str) -> None:
+    own, reference = trained[layout], trained[""]
+    # After an optimizer step, Adam has made small differences of small gradients large.
+    for step, expected, tolerance in zip(own["metrics"], reference["metrics"], (1e-5, 1e-4), strict=True):
+        for name in ("loss", "grad_norm", "entropy", "ppo_kl", "loss_max", "tokens", "mismatch/kl"):
+            assert step[name] == pytest.approx(expected[name], rel=tolerance, abs=1e-6), name
+    np.testing.assert_allclose(own["before"], reference["before"], atol=2e-5)
+    np.testing.assert_allclose(own["after"][1], reference["before"], atol=2e-5)  # the reference stayed
+    np.testing.assert_allclose(own["after"][0], reference["after"][0], atol=2e-4)
+    assert own["weights"].keys() == reference["weights"].keys()
+    for name, weight in reference["weights"].items():
+        np.testing.assert_allclose(own["weights"][name], weight, rtol=0, atol=1e-4)
