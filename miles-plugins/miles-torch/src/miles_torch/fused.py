@@ -91,7 +91,7 @@ class Matrix:
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T, inputs], weight [outputs, inputs] -> [T, outputs], by the fastest kernel; packs the weight for this once."""
+    """x [T, inputs], weight [outputs, inputs] -> [T, outputs], by the fastest kernel, for which it packs the weight."""
     if not _packs(weight.dtype):
         return F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)

@@ -37,7 +37,8 @@ class RMSNorm(torch.autograd.Function):
         scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         normed = x * scale
         ctx.save_for_backward(normed, scale, weight)
-        return normed * weight
+        out: Tensor = normed * weight
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -101,7 +102,7 @@ class Linears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, whole = ctx.saved_tensors
-        parts = grad.split(ctx.sizes, dim=1)
+        parts = torch.split(grad, ctx.sizes, dim=1)
         by_biases = [part.sum(0) if ctx.biased else None for part in parts]
         by_x = multiply(grad, whole.T, None)
         return by_x, grad if ctx.added else None, *(part.T @ x for part in parts), *by_biases
@@ -166,10 +167,10 @@ class FusedTraining:
         """[N, H] -> [N, Hq D]."""
         attention = layer.self_attn
         heads = _linears(x, attention.q_proj, attention.k_proj, attention.v_proj).view(len(x), -1, self.width)
-        turned, value = heads.split((self.heads + self.key_heads, self.key_heads), dim=1)
+        turned, value = torch.split(heads, (self.heads + self.key_heads, self.key_heads), dim=1)
         if hasattr(attention, "q_norm"):
             parts = attention.q_norm.weight.expand(self.heads, -1), attention.k_norm.weight.expand(self.key_heads, -1)
             turned = _normed(turned, torch.cat(parts), self.eps)
         turned = Rotation.apply(turned, *rotary)  # type: ignore[no-untyped-call]
-        query, key = turned.split((self.heads, self.key_heads), dim=1)
+        query, key = torch.split(turned, (self.heads, self.key_heads), dim=1)
         return padded_attention(query, key, value, layout, attention.scaling).flatten(1)
