@@ -116,6 +116,41 @@ def test_without_generated_tokens_there_is_no_mismatch(folder):
     assert not any(name.startswith("mismatch") for name in metrics)
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_teachers_tokens_have_the_logprobs_and_gradients_of_plain_torch(folder, entropy, chunked, monkeypatch):
+    """Also where one of them is the sampled token, and where logits are made in chunks."""
+    if chunked:
+        monkeypatch.setattr(model_module, "LOGITS_LIMIT", 5 * 97)
+    rng = np.random.default_rng(0)
+    batch = make_batch(temperature=0.8)
+    top = rng.integers(0, 97, (batch.tokens_total, 4)).astype(np.int32)
+    top[::2, 1] = batch["tokens"][::2]
+    batch = batch.with_columns(teacher_top_tokens=top, teacher_top_logprobs=-rng.random(top.shape).astype(np.float32))
+
+    def loss(inputs, options):
+        losses = (inputs.teacher_top_logprobs * inputs.top_logprobs.square()).sum(-1) + inputs.logprobs
+        return LossOutputs(losses=losses if inputs.entropy is None else losses - 0.3 * inputs.entropy)
+
+    needs = frozenset({"teacher_top_tokens", "teacher_top_logprobs"})
+    trainer = make_trainer(folder, entropy=entropy, loss=loss, needs=needs, micro_batch_tokens=40)
+    model = plain_model(folder, exported(trainer))
+    metrics = trainer.update(batch, 0, 1)
+    objective = torch.zeros(())
+    for sample in range(len(batch)):
+        start, end = batch.cu_seqlens[sample : sample + 2]
+        tokens, chosen = torch.from_numpy(batch["tokens"][start:end]).long(), torch.from_numpy(top[start:end]).long()
+        table = (model(tokens[None]).logits[0, :-1] / 0.8).log_softmax(-1)
+        teacher = torch.from_numpy(batch["teacher_top_logprobs"][start + 1 : end])
+        losses = (teacher * table.gather(1, chosen[1:]).square()).sum(-1) + table.gather(1, tokens[1:, None])[:, 0]
+        if entropy:
+            losses = losses + 0.3 * (table.exp() * table).sum(-1)
+        objective = objective + (torch.from_numpy(batch["weights"][start + 1 : end]).float() * losses).sum()
+    objective.backward()
+    assert metrics["loss"] == pytest.approx(objective.item(), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(norm(model), rel=1e-5)
+
+
 def test_chunked_logits_change_nothing(folder, monkeypatch):
     batch = make_batch()
     whole = make_trainer(folder, entropy=True).update(batch, 0, 1)
@@ -190,21 +225,32 @@ def test_a_plan_trains_every_token_once_on_equally_many_micro_batches(seed, grou
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 1000), temperature=st.sampled_from([1.0, 0.5, 2.0]))
-def test_token_logprobs_and_entropy_have_the_gradients_of_log_softmax(seed, temperature):
+@given(
+    seed=st.integers(0, 1000),
+    temperature=st.sampled_from([1.0, 0.5, 2.0]),
+    shape=st.sampled_from([(5,), (5, 1), (5, 4)]),
+    with_entropy=st.booleans(),
+)
+def test_token_logprobs_and_entropy_have_the_gradients_of_log_softmax(seed, temperature, shape, with_entropy):
+    """Of one token a place or of several, the same one twice perhaps."""
     generator = torch.Generator().manual_seed(seed)
     logits = (4 * torch.randn(5, 11, generator=generator)).requires_grad_()
-    targets = torch.randint(0, 11, (5,), generator=generator)
-    factors = torch.randn(2, 5, generator=generator)
-    picked, entropy = token_logprobs(logits, targets, temperature=temperature, entropy=True)
-    (found,) = torch.autograd.grad((picked * factors[0]).sum() + (entropy * factors[1]).sum(), logits)
+    targets = torch.randint(0, 11, shape, generator=generator)
+    factors, factor = torch.randn(shape, generator=generator), torch.randn(5, generator=generator) * with_entropy
+    picked, entropy = token_logprobs(logits, targets, temperature=temperature, entropy=with_entropy)
     double = logits.detach().double().requires_grad_()
     table = (double / temperature).log_softmax(-1)
-    expected = table.gather(1, targets[:, None])[:, 0]
+    expected = table.gather(1, targets.view(5, -1)).view(shape)
     spread = -(table.exp() * table).sum(-1)
     torch.testing.assert_close(picked.double(), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(entropy.double(), spread, atol=1e-5, rtol=1e-5)
-    (wanted,) = torch.autograd.grad((expected * factors[0]).sum() + (spread * factors[1]).sum(), double)
+    total = (picked * factors).sum()
+    if with_entropy:
+        torch.testing.assert_close(entropy.double(), spread, atol=1e-5, rtol=1e-5)
+        total = total + (entropy * factor).sum()
+    else:
+        assert entropy is None
+    (found,) = torch.autograd.grad(total, logits)
+    (wanted,) = torch.autograd.grad((expected * factors).sum() + (spread * factor).sum(), double)
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-4)
 
 

@@ -106,6 +106,7 @@ def make_trainer(
     hooks: Any = None,
     loss: Any = policy_loss,
     optimizer: OptimizerOptions | None = None,
+    needs: frozenset[str] = frozenset({"advantages", "old_logprobs"}),
     **options: Any,
 ) -> TorchTrainer:
     """A trainer that is ready to train."""
@@ -132,7 +133,7 @@ def make_trainer(
             loss=loss,
             loss_options=None,
             entropy=entropy,
-            needs=frozenset({"advantages", "old_logprobs"}),
+            needs=needs,
             optimizer_steps=8,
             options=chosen,
         )

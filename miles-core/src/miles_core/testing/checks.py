@@ -196,7 +196,7 @@ def _recipe_faults(recipe: RecipeSpec) -> Iterator[str]:
 
 
 def options_fit_run_files(plugin: Plugin) -> Iterator[str]:
-    """Options are frozen keyword-only dataclasses of types that a run file can say, and their defaults survive one."""
+    """Options are frozen keyword-only dataclasses of what a run file can say, and their defaults survive one."""
     for record in plugin.records:
         try:
             options = options_of(record)
@@ -204,11 +204,11 @@ def options_fit_run_files(plugin: Plugin) -> Iterator[str]:
             yield str(error)
             continue
         if options is not None:
-            yield from (f"{record.options}: {fault}" for fault in _options_faults(options))
+            yield from (f"{record.options}: {fault}" for fault in _options_faults(options, record.kind))
 
 
-def _options_faults(options: type) -> Iterator[str]:
-    faults = [*_dataclass_faults(options)]
+def _options_faults(options: type, kind: str) -> Iterator[str]:
+    faults = [*_dataclass_faults(options), *_name_faults(options, kind)]
     yield from faults
     if not faults:
         yield from _round_trip_faults(options)
@@ -222,6 +222,16 @@ def _dataclass_faults(options: Any) -> Iterator[str]:
         if field.init and not field.kw_only:
             yield f"{field.name} is not keyword-only"
         yield from (f"{field.name}: {fault}" for fault in _type_faults(hints[field.name]))
+
+
+def _name_faults(options: Any, kind: str) -> Iterator[str]:
+    """Core's own keys stand beside a component's options in a run file, and come first."""
+    from miles_core.config.schema import own_keys
+
+    taken = {"name"} | own_keys(kind) | (own_keys("critic") if kind == "trainer" else set())
+    for field in dataclasses.fields(options):
+        if field.name in taken:
+            yield f"{field.name} is a key of Miles's own there; call it otherwise"
 
 
 def _type_faults(hint: Any) -> Iterator[str]:

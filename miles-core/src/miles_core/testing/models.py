@@ -136,6 +136,21 @@ def batch_logprobs(model: Any, batch: Batch) -> Tensor:
     return torch.cat(columns)
 
 
+def batch_top_logprobs(model: Any, batch: Batch) -> Tensor:
+    """The same of `teacher_top_tokens`, [N, K]; 0 at each sample's first token."""
+    import torch
+
+    columns = []
+    for sample in range(len(batch)):
+        place = slice(int(batch.cu_seqlens[sample]), int(batch.cu_seqlens[sample + 1]))
+        tokens, top = (
+            torch.from_numpy(batch[name][place].astype(np.int64)) for name in ("tokens", "teacher_top_tokens")
+        )
+        table = (model(tokens[None]).logits[0, :-1].float() / batch.temperature).log_softmax(-1)
+        columns.append(torch.cat([table.new_zeros(1, top.shape[1]), table.gather(1, top[1:])]))
+    return torch.cat(columns)
+
+
 def engine_context(
     model: Path,
     gpus: int,

@@ -15,6 +15,7 @@ def miles_trainers() -> Iterable[TrainerSpec]:
         ref="miles_torch.trainer:TorchTrainer",
         options="miles_torch.options:TrainerOptions",
         gives=frozenset({"old_logprobs", "ref_logprobs"}),
+        top_logprobs=True,
         critic="miles_torch.critic:TorchCritic",
         summary="Any transformers causal language model, on one CPU or on many GPUs through FSDP2.",
     )

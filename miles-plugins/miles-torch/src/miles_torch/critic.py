@@ -42,11 +42,11 @@ class ValueNetwork(Policy):
         setattr(model, HEAD, _head(_without_head(model), seed))
 
     def forward(
-        self, micro: MicroBatch, temperature: float = 1.0, entropy: bool = False
+        self, micro: MicroBatch, temperature: float = 1.0, entropy: bool = False, targets: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Values of the trained tokens, float32 [T]. There is no temperature to values, and no entropy."""
+        """Values of the trained tokens, float32 [T]. They know no temperature, no entropy and no other tokens."""
         if not hasattr(self.model, HEAD):
-            return super().forward(micro, temperature, entropy)
+            return super().forward(micro, temperature, entropy, targets)
         hidden, _ = self._packed(micro) if self.packed else self._padded(micro)
         head: Tensor = getattr(self.model, HEAD).weight
         return F.linear(hidden.float(), head.float())[:, 0], None
@@ -62,9 +62,8 @@ def _without_head(model: Any) -> int:
 
 
 def _head(width: int, seed: int) -> nn.Linear:
-    head = nn.Linear(width, 1, bias=False)
-    generator = torch.Generator().manual_seed(seed)
-    nn.init.normal_(head.weight, std=1 / (width + 1), generator=generator)
+    head: nn.Linear = nn.utils.skip_init(nn.Linear, width, 1, bias=False)  # draws nothing from the process's generator
+    nn.init.normal_(head.weight, std=1 / (width + 1), generator=torch.Generator().manual_seed(seed))
     return head
 
 

@@ -145,17 +145,21 @@ class Policy(nn.Module):
         _logger.warning("%s runs padded, not packed: %s", type(model).__name__, refusal)
 
     def forward(
-        self, micro: MicroBatch, temperature: float = 1.0, entropy: bool = False
+        self, micro: MicroBatch, temperature: float = 1.0, entropy: bool = False, targets: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of the trained tokens and, if asked for, entropies, float32 [T]."""
+        """Log-probabilities of the trained tokens and, if asked for, entropies, float32 [T].
+
+        targets: int64 [T, M], tokens to ask for in the place of each trained one; log-probabilities are then [T, M].
+        """
+        wanted = micro.targets if targets is None else targets
         hidden, kind = self._packed(micro) if self.packed else self._padded(micro)
         head = partial(self._head, kind, temperature, entropy)
         rows = max(1, LOGITS_LIMIT // self.model.config.get_text_config().vocab_size)
         if len(hidden) <= rows:
-            return head(hidden, micro.targets)
+            return head(hidden, wanted)
         parts = [
-            checkpoint(head, part, targets, use_reentrant=False)
-            for part, targets in zip(torch.split(hidden, rows), torch.split(micro.targets, rows), strict=True)
+            checkpoint(head, part, tokens, use_reentrant=False)
+            for part, tokens in zip(torch.split(hidden, rows), torch.split(wanted, rows), strict=True)
         ]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]) if entropy else None
 
@@ -163,7 +167,9 @@ class Policy(nn.Module):
         """Hidden states that predict the trained tokens, [T, D], and the type of the body's output."""
         if self._fused is not None and self._fused.untouched():
             assert isinstance(micro.layout, attention_packed.Padded)
-            return self._fused(micro.tokens[0], micro.positions[0], micro.layout, micro.sources), BaseModelOutputWithPast
+            return self._fused(
+                micro.tokens[0], micro.positions[0], micro.layout, micro.sources
+            ), BaseModelOutputWithPast
         output = self.model.base_model(
             input_ids=micro.tokens, position_ids=micro.positions, use_cache=False, packed_layout=micro.layout
         )

@@ -37,7 +37,12 @@ from miles_torch.model import MicroBatch, Policy, checkpoint_activations, load, 
 from miles_torch.options import TrainerOptions
 from miles_torch.packing import Packed, describe, plan
 
-_COLUMNS = frozenset({"advantages", "old_logprobs", "rollout_logprobs", "staleness", "ref_logprobs"})
+_COLUMNS = frozenset(
+    {
+        "advantages", "old_logprobs", "rollout_logprobs", "staleness", "ref_logprobs",
+        "teacher_logprobs", "teacher_top_logprobs",
+    }
+)  # fmt: skip
 """Batch columns that are fields of `LossInputs`."""
 
 
@@ -231,7 +236,11 @@ class TorchTrainer:
     def _forward(self, batch: Batch, micro: MicroBatch, sums: Sums, *, first: bool) -> tuple[Tensor, LossOutputs]:
         """What the network predicts, [T], and the loss of that. Adds metrics that are not the loss's own."""
         packed = micro.packed
-        logprobs, entropy = self._policy(micro, _temperature(batch), self._stage.entropy)
+        top_tokens = self._top_tokens(batch, micro)
+        logprobs, entropy = self._policy(micro, _temperature(batch), self._stage.entropy, top_tokens)
+        top_logprobs = None
+        if top_tokens is not None:
+            logprobs, top_logprobs = logprobs[:, 0], logprobs[:, 1:]
         if entropy is not None:
             sums.add("entropy", entropy, count=not packed.dummy)
         if first:
@@ -239,7 +248,15 @@ class TorchTrainer:
             generated = torch.from_numpy(batch["versions"][packed.rows] >= 0).to(self._device)
             for name, values in mismatch(logprobs.detach()[generated], rollout[generated]).items():
                 sums.add(name, values, count=not packed.dummy)
-        return logprobs, self._loss(batch, micro, logprobs, entropy)
+        return logprobs, self._loss(batch, micro, logprobs, entropy, top_logprobs)
+
+    def _top_tokens(self, batch: Batch, micro: MicroBatch) -> Tensor | None:
+        """Each trained token and, after it, the teacher's likeliest ones in its place, int64 [T, 1 + K]; None if the
+        loss asks for none."""
+        if "teacher_top_tokens" not in self._stage.needs:
+            return None
+        top = torch.from_numpy(batch["teacher_top_tokens"][micro.packed.rows].astype(np.int64))
+        return torch.cat((micro.targets[:, None], top.to(self._device)), dim=1)
 
     def _not_finite(self, batch: Batch, forwards: Sequence[_Forward]) -> str:
         """What to say of a loss that is not finite: where it first is not, on the first rank that has such a token."""
@@ -264,13 +281,15 @@ class TorchTrainer:
             f"{self.predicts} {forward.predicted[place].item():g}, loss {forward.losses[place].item():g}"
         )
 
-    def _loss(self, batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy: Tensor | None) -> LossOutputs:
+    def _loss(
+        self, batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy: Tensor | None, top_logprobs: Tensor | None
+    ) -> LossOutputs:
         needs = self._stage.needs & _COLUMNS
         columns = {name: self._column(batch, name, micro.packed) for name in needs if name in batch}
         if "old_logprobs" in needs and "old_logprobs" not in batch:
             columns["old_logprobs"] = logprobs.detach()
         segments = Segments(ids=micro.segments, count=micro.packed.samples)
-        inputs = LossInputs(logprobs=logprobs, segments=segments, entropy=entropy, **columns)
+        inputs = LossInputs(logprobs=logprobs, segments=segments, entropy=entropy, top_logprobs=top_logprobs, **columns)
         return self._stage.loss(inputs, self._stage.options_for(batch))
 
     def _clip(self, limit: float) -> float:

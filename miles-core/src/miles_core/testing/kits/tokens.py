@@ -38,8 +38,8 @@ LATE_S = 20.0
 
 @dataclass(frozen=True)
 class Tokens:
-    """Columns [N], or [N, TOP], by their names in `LossInputs` and `CriticInputs`; weights [N]; mask, sample [N] as numpy
-    arrays."""
+    """Columns [N], or [N, TOP], by their names in `LossInputs` and `CriticInputs`; weights [N]; mask, sample [N] as
+    numpy arrays."""
 
     columns: Mapping[str, Tensor]
     weights: Tensor

@@ -21,6 +21,7 @@ from miles_core.testing.fakes import make_batch
 from miles_core.testing.models import (
     VOCABULARY,
     batch_logprobs,
+    batch_top_logprobs,
     gpus_for,
     make_model,
     save_model,
@@ -56,16 +57,40 @@ def gives_the_logprobs_of_the_model(subject: Subject[TrainerSpec]) -> Iterator[s
 
 def has_the_gradient_of_the_objective(subject: Subject[TrainerSpec]) -> Iterator[str]:
     """Loss and gradient norm are those of plain PyTorch, however the batch is cut into micro-batches."""
-    batch = _batch()
-    model = make_model()
-    logprobs = batch_logprobs(model, batch)
-    loss = _plain_loss(logprobs, batch)
-    loss.backward()  # type: ignore[no-untyped-call]
-    norm = float(sum(p.grad.double().square().sum() for p in model.parameters() if p.grad is not None) ** 0.5)
+    batch, model = _batch(), make_model()
     trainer = _trainer(subject)
     metrics = trainer.update(batch, 0, 1)
     trainer.stop()
-    for name, expected in {"loss": float(loss.detach()), "grad_norm": norm}.items():
+    yield from _objective_faults(metrics, model, _plain_loss(batch_logprobs(model, batch), batch))
+
+
+def gives_the_logprobs_of_the_teachers_tokens(subject: Subject[TrainerSpec]) -> Iterator[str]:
+    """If its record says `top_logprobs`: a loss gets the policy's log-probabilities of the teacher's likeliest tokens,
+    at the temperature, with their gradient."""
+    import torch
+
+    if not subject.spec.top_logprobs:
+        skip("its record does not say top_logprobs")
+    rng = np.random.default_rng(5)
+    batch, model = _batch(), make_model()
+    shape = (batch.tokens_total, 3)
+    batch = replace(batch, temperature=0.8).with_columns(
+        teacher_top_tokens=rng.integers(0, VOCABULARY, shape).astype(np.int32),
+        teacher_top_logprobs=np.log(rng.random(shape) / 3).astype(np.float32),
+    )
+    trainer = _trainer(subject)
+    trainer.begin(_stage(subject, top_loss, {"teacher_top_tokens", "teacher_top_logprobs"}))
+    metrics = trainer.update(batch, 0, 1)
+    trainer.stop()
+    scale = torch.from_numpy(batch["teacher_top_logprobs"] * batch["weights"][:, None])
+    yield from _objective_faults(metrics, model, (scale * batch_top_logprobs(model, batch)).sum())
+
+
+def _objective_faults(metrics: Mapping[str, float], model: Any, objective: Tensor) -> Iterator[str]:
+    """Where the metrics of a step are not those of the objective by plain PyTorch."""
+    objective.backward()  # type: ignore[no-untyped-call]
+    norm = float(sum(p.grad.double().square().sum() for p in model.parameters() if p.grad is not None) ** 0.5)
+    for name, expected in {"loss": float(objective.detach()), "grad_norm": norm}.items():
         if name not in metrics:
             yield f"update reports no {name}"
         elif abs(metrics[name] - expected) > TOLERANCE * max(1.0, abs(expected)):
@@ -238,6 +263,13 @@ def policy_loss(inputs: LossInputs, options: Any) -> LossOutputs:
     return LossOutputs(losses=-(inputs.logprobs - old).exp() * inputs.advantages)
 
 
+def top_loss(inputs: LossInputs, options: Any) -> LossOutputs:
+    """The loss of these rules on a teacher's tokens."""
+    assert inputs.top_logprobs is not None
+    assert inputs.teacher_top_logprobs is not None
+    return LossOutputs(losses=(inputs.teacher_top_logprobs * inputs.top_logprobs).sum(-1))
+
+
 def value_loss(inputs: CriticInputs, options: Any) -> LossOutputs:
     """The critic's loss of these rules."""
     return LossOutputs(losses=(inputs.values - inputs.returns).square())
@@ -322,6 +354,7 @@ def _unpacked(buckets: Any) -> dict[str, Tensor]:
 RULES = (
     gives_the_logprobs_of_the_model,
     has_the_gradient_of_the_objective,
+    gives_the_logprobs_of_the_teachers_tokens,
     learns,
     keeps_the_reference,
     exports_what_its_layout_says,
