@@ -97,8 +97,20 @@ class TinyFamily:
         return int(config["vocab_size"]) * int(config["hidden_size"])
 
 
+def describe(config: Mapping[str, Any]) -> str:
+    if config["num_attention_heads"] == 3:
+        raise ValueError("three heads are not known to the trainer")
+    return f"{config['num_hidden_layers']} layers"
+
+
+def check_divides(options: TrainerOptions, config: Mapping[str, Any], description: Any, world_size: int) -> None:
+    layers = int(str(description).partition(" ")[0])
+    if layers % world_size:
+        raise ValueError(f"ranks: {description} cannot be divided by {world_size}")
+
+
 fake = types.ModuleType("fake_options")
-for item in (Clipped, Optimizer, TrainerOptions, Lines, Threshold, TinyFamily):
+for item in (Clipped, Optimizer, TrainerOptions, Lines, Threshold, TinyFamily, describe, check_divides):
     setattr(fake, item.__name__, item)
 sys.modules["fake_options"] = fake
 
@@ -629,6 +641,33 @@ def test_what_is_missing_is_named(text: str, message: str) -> None:
 )
 def test_parts_that_do_not_fit_are_refused_with_both_sides(flags: list[str], message: str) -> None:
     assert refusal(RUN, *flags).startswith(message)
+
+
+def test_a_trainer_refuses_what_only_it_knows_and_a_family_what_it_cannot_describe() -> None:
+    trainer = TrainerSpec(
+        **_said("dividing", options="fake_options:TrainerOptions"), backend="iron", check="fake_options:check_divides"
+    )
+    sync = WeightSyncSpec(**_said("dividing-sync"), trainer="dividing", engine="quick", receiver="nowhere:receiver")
+    flags = ("trainer.name=dividing", "model.family=fake-iron:tiny")
+    described = ModelSpec(
+        name="tiny",
+        ref="fake_options:TinyFamily",
+        summary="It.",
+        architectures=("TinyForCausalLM",),
+        backends={"iron": "fake_options:describe"},
+    )
+    able = catalog(_plugin("fake-iron", trainer, sync, described))
+    assert plan_of(RUN, *flags, "trainer.ranks=2", plugins=able).trainer.spec == trainer
+    assert refusal(RUN, *flags, "trainer.ranks=3", plugins=able) == (
+        "flag trainer.ranks=3: ranks: 2 layers cannot be divided by 3"
+    )
+    assert refusal(RUN, *flags, "model.config.num_attention_heads=3", plugins=able) == (
+        "flag model.family=fake-iron:tiny: model family 'tiny': three heads are not known to the trainer"
+    )
+    assert refusal(RUN, "trainer.name=dividing", plugins=catalog(_plugin("fake-iron", trainer, sync))) == (
+        "run.toml:8: model family 'tiny' does not describe itself for 'iron', which trainer 'dividing' needs; "
+        "families that do: none"
+    )
 
 
 def test_an_engine_is_asked_for_when_something_generates() -> None:

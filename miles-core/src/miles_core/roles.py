@@ -447,6 +447,16 @@ class Trainer(Protocol):
     def stop(self) -> None: ...
 
 
+class TrainerCheck(Protocol):
+    """Refuses a run before it starts, where only the trainer knows better. Called by the planner, in the driver.
+
+    options: the trainer's; config: the model's config.json; description: what the model's family says of it for the
+    trainer's backend, None if it has none. Raises `ValueError` with what is wrong and how to mend it.
+    """
+
+    def __call__(self, options: Any, config: Mapping[str, Any], description: Any, world_size: int) -> None: ...
+
+
 class Critic(Protocol):
     """One rank of a critic: the policy's model with a head that gives one number a token instead of logits. Built like
     a `Trainer`, as `Class(options, context)` with `context.role` "critic", and called like one: every call reaches

@@ -195,7 +195,8 @@ class TrainerSpec(Spec):
     that gives "values", built with the same options class; None if there is none.
     families: it accepts only architectures of installed model plugins if "listed", any if "any".
     backend: the framework that a family must describe itself for (`ModelSpec.backends`), None if it needs no such
-    description. top_logprobs: it gives losses `LossInputs.top_logprobs`. devices: what it runs on.
+    description. check: "module:function" of a `roles.TrainerCheck`, in a module that imports nothing heavy, or None.
+    top_logprobs: it gives losses `LossInputs.top_logprobs`. devices: what it runs on.
     """
 
     kind: ClassVar[str] = "trainer"
@@ -203,6 +204,7 @@ class TrainerSpec(Spec):
     critic: str | None = None
     families: Literal["any", "listed"] = "any"
     backend: str | None = None
+    check: str | None = None
     top_logprobs: bool = False
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
 
@@ -211,8 +213,9 @@ class TrainerSpec(Spec):
         _check_columns(self, self.gives)
         if "values" in self.gives:
             raise ValueError(f"trainer {self.name!r}: values are given by a critic; name its class in `critic`")
-        if self.critic is not None and not _REF.fullmatch(self.critic):
-            raise ValueError(f"trainer {self.name!r}: critic {self.critic!r} is not 'module:attribute'")
+        for label, ref in (("critic", self.critic), ("check", self.check)):
+            if ref is not None and not _REF.fullmatch(ref):
+                raise ValueError(f"trainer {self.name!r}: {label} {ref!r} is not 'module:attribute'")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ from typing import Any
 
 from miles_core.config.model import architectures
 from miles_core.config.schema import Component, Plan, Stage
+from miles_core.config.source import blame
 from miles_core.errors import UserError
-from miles_core.plugins import Catalog, Entry
+from miles_core.plugins import Catalog, Entry, resolve
 from miles_core.specs import (
     AdvantageSpec,
     CorrectionSpec,
@@ -311,12 +312,48 @@ def _check_model(
             f"none covers {', '.join(sorted(architectures(config))) or 'a config.json without architectures'}. "
             f"Installed: {known or 'none'}"
         )
+    _check_trainer(plan, trainer, config, family, catalog)
     longest = config.get("max_position_embeddings")
     if isinstance(longest, int) and plan.model.max_tokens > longest:
         raise UserError(
             f"{_where(plan, None, *_MODEL)}: model.max_tokens is {plan.model.max_tokens}, but the model's "
             f"max_position_embeddings is {longest}; set model.max_tokens to {longest} or less"
         )
+
+
+def _check_trainer(
+    plan: Plan, trainer: TrainerSpec, config: Mapping[str, Any], family: Entry[ModelSpec] | None, catalog: Catalog
+) -> None:
+    """What the trainer's own check refuses, and a model that its family cannot describe for the trainer's backend."""
+    description = None
+    if trainer.backend is not None and family is not None:
+        description = _description(plan, trainer, config, family, catalog)
+    if trainer.check is None:
+        return
+    try:
+        resolve(trainer.check)(plan.trainer.options, config, description, plan.trainer_section.world_size)
+    except ValueError as error:
+        named = {name.removeprefix("trainer."): origin for name, origin in plan.origins.items() if "trainer." in name}
+        given = {name.rpartition(".")[2]: origin for name, origin in named.items() if origin != "default"}
+        raise UserError(f"{blame(str(error), given) or plan.origins['trainer.name']}: {error}") from error
+
+
+def _description(
+    plan: Plan, trainer: TrainerSpec, config: Mapping[str, Any], family: Entry[ModelSpec], catalog: Catalog
+) -> Any:
+    where = _where(plan, None, "model.path", "model.family")
+    ref = family.spec.backends.get(trainer.backend or "")
+    if ref is None:
+        able = [e.spec.name for e in catalog.all(ModelSpec) if trainer.backend in e.spec.backends]
+        raise UserError(
+            f"{where}: model family {family.spec.name!r} does not describe itself for {trainer.backend!r}, which "
+            f"trainer {trainer.name!r} needs; families that do: {', '.join(able) or 'none'}"
+        )
+    try:
+        return resolve(ref)(config)
+    except (KeyError, ValueError) as error:
+        said = f"config.json lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{where}: model family {family.spec.name!r}: {said}") from error
 
 
 # ---- Evaluation, devices, publishing ---------------------------------------------------------------------------------
