@@ -18,6 +18,7 @@ from miles_core.sample import Batch, Completion, Request
 from miles_core.specs import EngineSpec, ModelSpec, Spec, TrainerSpec, WeightSyncSpec
 from miles_core.testing.checks import cases
 from miles_qwen.family import Qwen3
+from miles_torch.critic import TorchCritic
 from miles_torch.engine import TorchEngine
 from miles_torch.sync import TorchReceiver, TorchSender
 from miles_torch.trainer import TorchTrainer
@@ -160,6 +161,41 @@ class Rounds(TorchTrainer):
 )
 def test_trainers(monkeypatch: pytest.MonkeyPatch, trainer: type, rule: str, fault: str) -> None:
     assert fault in str(faults(monkeypatch, rule, (TrainerSpec, "torch"), ref=trainer))
+
+
+class LooksAhead(TorchCritic):
+    """Reads a value once its token is known."""
+
+    def values(self, batch: Batch, step: int) -> Any:
+        return super().values(batch.with_columns(tokens=np.roll(batch["tokens"], -1)), step)
+
+
+class LearnsSomethingElse(TorchCritic):
+    def update(self, batch: Batch, step: int, passes: int) -> Mapping[str, float]:
+        return super().update(batch.with_columns(returns=batch["returns"] / 2), step, passes)
+
+
+class ForgetsTheHead(TorchCritic):
+    def restore(self, folder: Any) -> None:
+        super().restore(folder)
+        torch.nn.init.zeros_(self._policy.model.score.weight)
+
+
+class KeepsItsWeights(TorchCritic):
+    def load_pretrained(self, folder: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("critic", "rule", "fault"),
+    [
+        (LooksAhead, "knows_values_before_their_tokens", "or its own, is another one"),
+        (LearnsSomethingElse, "learns_values", "loss is"),
+        (ForgetsTheHead, "continues_its_critic_exactly_from_a_checkpoint", "a value differs"),
+        (KeepsItsWeights, "hands_the_policys_weights_to_its_critic", "its values do not change with the weights"),
+    ],
+)
+def test_critics(monkeypatch: pytest.MonkeyPatch, critic: type, rule: str, fault: str) -> None:
+    assert fault in str(faults(monkeypatch, rule, (TrainerSpec, "torch"), critic=critic))
 
 
 # ---- Weight syncs and models ----------------------------------------------------------------------------------------
