@@ -123,8 +123,14 @@ class Outcome:
         if self.code != self.block.code:
             return f"$ {self.command}\nexits with {self.code}, not with {self.block.code}:\n{printed}"
         if self.block.language == "console" and not matches(self.shown, self.printed):
-            return f"$ {self.command}\nprints\n{printed}\nbut the page shows\n" + "\n".join(self.shown)
+            return f"$ {self.command}\nprints nothing like the line {self.missing!r} of the page, but\n{printed}"
         return ""
+
+    @property
+    def missing(self) -> str:
+        """The first line of what is shown that fits nothing which was printed."""
+        fits = (matches([*self.shown[: count + 1], ANY], self.printed) for count in range(len(self.shown)))
+        return next((line for line, fit in zip(self.shown, fits, strict=True) if not fit), "(the end)")
 
 
 def matches(shown: list[str], printed: list[str]) -> bool:

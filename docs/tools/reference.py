@@ -505,7 +505,7 @@ def _implementation(ref: str) -> str:
     folder = f"{REFERENCE}/plugins"
     inner = "\n\n".join(linked(prose(text), folder).strip() for text in texts)
     indented = "\n".join(f"    {line}".rstrip() for line in inner.splitlines())
-    return f'??? note "In the words of its code: {ref}"\n\n{indented}\n' if texts else f"Code: `{ref}`\n"
+    return f'??? quote "In the words of its code: {ref}"\n\n{indented}\n' if texts else f"Code: `{ref}`\n"
 
 
 PARTS: Mapping[str, Callable[[str], str]] = {
