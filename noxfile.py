@@ -26,6 +26,8 @@ MEMBERS = sorted(
 CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
 # Installed first, so that nothing is built in an environment of its own; setuptools is for what has no wheel on PyPI.
 BUILDERS = ("editables", "hatchling", "setuptools")
+EXTRAS = {"miles-trackers": "[mlflow,tensorboard,wandb]"}
+"""What is tested of a distribution beyond what it needs."""
 TOOLS = ("hypothesis", "mkdocs-material", "mypy", "nox", "pytest", "pytest-timeout", "ruff", "uv")
 
 # pip, and not uv, because only pip sees the find-links and indexes that pip is configured with, where a machine may
@@ -37,7 +39,7 @@ nox.options.default_venv_backend = "virtualenv"
 def workspace(session: nox.Session) -> None:
     """Install every distribution, editable, and the tools; the other sessions run in this environment."""
     session.install(*CONSTRAINTS, *BUILDERS)
-    editable = [argument for member in MEMBERS for argument in ("-e", str(member))]
+    editable = [part for member in MEMBERS for part in ("-e", f"./{member}{EXTRAS.get(member.name, '')}")]
     session.install("--no-build-isolation", *CONSTRAINTS, *editable, *TOOLS)
 
 

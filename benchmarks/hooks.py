@@ -16,6 +16,7 @@ import sys
 import tempfile
 import timeit
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ def calls_of_a_step(callbacks: list[Any]) -> list[tuple[Callable[..., Any], dict
     return found
 
 
+def call_all(calls: list[tuple[Callable[..., Any], dict[str, Any]]]) -> None:
+    """Each function with its arguments."""
+    for function, arguments in calls:
+        function(**arguments)
+
+
 def microseconds(function: Callable[[], object], number: int = 2000) -> float:
     """The least of five repetitions, which is the one that nothing disturbed."""
     return min(timeit.repeat(function, number=number, repeat=5)) / number * 1e6
@@ -71,13 +78,13 @@ def measure_calls() -> float:
     of_five = 0.0
     for count in (0, 1, 5, 20):
         calls = calls_of_a_step([Idle() for _ in range(count)])
-        cost = microseconds(lambda calls=calls: [hook(**arguments) for hook, arguments in calls])
+        cost = microseconds(partial(call_all, calls))
         print(f"{count:3} callbacks: {cost:7.1f} us for the {len(calls)} hooks of a step")
         of_five = cost if count == 5 else of_five
     idle = Idle()
     plain = [getattr(idle, name) for names in A_STEP.values() for name in names]
     known = [arguments for _, arguments in calls_of_a_step([])]
-    cost = microseconds(lambda: [call(**given) for call, given in zip(plain, known, strict=True)])
+    cost = microseconds(partial(call_all, list(zip(plain, known, strict=True))))
     print(f"  plain calls: {cost:7.1f} us")
     return of_five
 
@@ -95,7 +102,7 @@ def measure_steps(rounds: int, folder: Path) -> None:
     times: dict[str, list[float]] = {name: [] for name in sides}
     for step in range(rounds + 2):
         for name, trainer in trainers.items():
-            seconds = timeit.timeit(lambda trainer=trainer, step=step: trainer.update(batch, step, 1), number=1)
+            seconds = timeit.timeit(partial(trainer.update, batch, step, 1), number=1)
             if step >= 2:  # the first ones allocate
                 times[name].append(seconds)
     base = times["without callbacks"]

@@ -336,6 +336,12 @@ BROKEN: dict[str, tuple[str, dict[str, str], str, str]] = {
         "options_fit_run_files",
         "acme_options:Options: a: a run file cannot give a set; use tuple[X, ...] or Mapping[str, X]",
     ),
+    "an option that is core's own key": (
+        WITH_OPTIONS,
+        {"acme_options": dataclass("name: str = 'a'\n    aggregation: str = 'b'")},
+        "options_fit_run_files",
+        "acme_options:Options: name is a key of Miles's own there; call it otherwise",
+    ),
     "default of another type": (
         WITH_OPTIONS,
         {"acme_options": dataclass("a: int = 'one'")},

@@ -56,11 +56,14 @@ def verdicts(
     monkeypatch.setitem(sys.modules, module.__name__, module)
     named = {"example": f"{module.__name__}:example"} if example else {}
     record = kind(
-        name="part",
-        ref=f"{module.__name__}:part",
-        options=f"{module.__name__}:Options",
-        summary="s",
-        **{**named, **traits},
+        **{
+            "name": "part",
+            "ref": f"{module.__name__}:part",
+            "options": f"{module.__name__}:Options",
+            "summary": "s",
+            **named,
+            **traits,
+        }
     )
     plugin = Plugin(name="acme", version="1", entry="acme", requires=">=0.1", status="active", records=(record,))
     return [case.run() for case in cases(plugin) if case.record]
@@ -109,7 +112,7 @@ def counting_locally(inputs: LossInputs, options: Options) -> LossOutputs:
 
 def peeking(inputs: LossInputs, options: Options) -> LossOutputs:
     good = good_loss(inputs, options)
-    return good if inputs.returns is None else replace(good, losses=good.losses + inputs.returns)
+    return good if inputs.staleness is None else replace(good, losses=good.losses + inputs.staleness)
 
 
 def deaf(inputs: LossInputs, options: Options) -> LossOutputs:
@@ -451,38 +454,18 @@ def test_a_data_source_that_ignores_the_limit_is_found_out(monkeypatch: pytest.M
 # ---- Trackers and callbacks -----------------------------------------------------------------------------------------
 
 
-class Tracker:
-    def __init__(self, options: Any, run: Any) -> None:
-        self.file = run.folder / "seen"
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        with self.file.open("a") as file:
-            file.write(f"{step} {sorted(metrics)}\n")
-
-    def finish(self) -> None: ...
-
-
-def test_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Averaging(Tracker):
-        def log(self, step: int, metrics: Mapping[str, float]) -> None:
-            sum(metrics.values()) / len(metrics)
-
-    class Reading(Tracker):
-        def finish(self) -> None:
-            self.file.read_text()
-
-    class Locking(Tracker):
-        def __init__(self, options: Any, run: Any) -> None:
-            super().__init__(options, run)
-            (run.folder / "lock").touch(exist_ok=False)
-
-        def finish(self) -> None:
-            self.file.with_name("lock").unlink()
-
-    assert broken(monkeypatch, TrackerSpec, Tracker) == {}
-    assert set(broken(monkeypatch, TrackerSpec, Averaging)) == {"survives_a_run_without_metrics"}
-    assert set(broken(monkeypatch, TrackerSpec, Reading)) == {"survives_a_run_without_metrics"}
-    assert set(broken(monkeypatch, TrackerSpec, Locking)) == {"survives_a_run_that_fails"}
+@pytest.mark.parametrize(
+    ("name", "rules"),
+    [
+        ("Tracker", set()),
+        ("Averaging", {"survives_a_run_without_metrics"}),
+        ("Reading", {"survives_a_run_without_metrics"}),
+        ("Locking", {"survives_a_run_that_fails"}),
+        ("Fragile", {"survives_a_run_that_fails"}),
+    ],
+)
+def test_trackers(monkeypatch: pytest.MonkeyPatch, name: str, rules: set[str]) -> None:
+    assert set(broken(monkeypatch, TrackerSpec, None, ref=f"trackers_kit:{name}", options=None)) == rules
 
 
 def callback(**hooks: Any) -> type:

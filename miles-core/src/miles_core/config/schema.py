@@ -6,7 +6,7 @@ Sections whose component comes from a plugin hold core's own keys (named here) b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -196,6 +196,21 @@ class CriticSection:
     def shares(self) -> bool:
         """Whether it is on the policy's ranks."""
         return self.world_size == 0
+
+
+SECTIONS: Mapping[str, type[Any]] = {
+    "critic": CriticSection,
+    "engine": EngineSection,
+    "loss": LossSection,
+    "reward": RewardSection,
+    "trainer": TrainerSection,
+}
+"""Section -> core's own keys in it, beside a component's options."""
+
+
+def own_keys(section: str) -> frozenset[str]:
+    """Core's own keys in a section, which no option can have."""
+    return frozenset(field.name for field in fields(SECTIONS[section])) if section in SECTIONS else frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)

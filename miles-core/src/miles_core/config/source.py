@@ -6,7 +6,6 @@ A run is described in layers: a recipe, a run file over it, flags over both. Eac
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import re
@@ -296,18 +295,10 @@ def _renames(base: Node, over: Node, path: Key) -> bool:
 
 def _core_keys(path: Key) -> frozenset[str]:
     """Core's own keys in the section at `path`, beside a component's options; in the reward's, if it is an item."""
-    from miles_core.config import schema  # needs numpy, which commands that only show a tree do not
+    from miles_core.config.schema import own_keys  # needs numpy, which commands that only show a tree do not
 
-    sections: Mapping[Any, type[Any]] = {
-        "critic": schema.CriticSection,
-        "engine": schema.EngineSection,
-        "loss": schema.LossSection,
-        "reward": schema.RewardSection,
-        "trainer": schema.TrainerSection,
-    }
-    section = sections.get("reward" if "reward" in path[-2:] else path[-1])
-    own = {field.name for field in dataclasses.fields(section)} if section else set()
-    return frozenset(own | {"loss"} if path[-1] == "critic" else own)
+    own = own_keys("reward" if "reward" in path[-2:] else str(path[-1]))
+    return own | {"loss"} if path[-1] == "critic" else own
 
 
 def _superseded(base: Node, over: Node, path: Key) -> frozenset[str]:

@@ -14,3 +14,23 @@ def miles_trackers() -> Iterable[TrackerSpec]:
         options="miles_trackers.options:Curves",
         summary="A picture of the run's curves, curves.png in its folder.",
     )
+    yield TrackerSpec(
+        name="tensorboard",
+        ref="miles_trackers.tensorboard:TensorBoard",
+        options="miles_trackers.options:TensorBoard",
+        summary="Metrics for TensorBoard. Extra: tensorboard.",
+    )
+    yield TrackerSpec(
+        name="wandb",
+        ref="miles_trackers.wandb:WandB",
+        options="miles_trackers.options:WandB",
+        example="miles_trackers.examples:wandb",
+        summary="Metrics to Weights & Biases, or into files for `wandb sync`. Extra: wandb.",
+    )
+    yield TrackerSpec(
+        name="mlflow",
+        ref="miles_trackers.mlflow:MLflow",
+        options="miles_trackers.options:MLflow",
+        example="miles_trackers.examples:mlflow",
+        summary="Metrics and the run file to MLflow, a server or a database file. Extra: mlflow.",
+    )
