@@ -117,6 +117,21 @@ def test_a_synchronous_run_replaces_what_was_dropped_only_when_the_whole_wave_is
     asyncio.run(run())
 
 
+def test_a_batch_that_is_there_already_makes_room_for_the_next_one_to_be_generated_meanwhile() -> None:
+    async def run() -> None:
+        bench = Bench(plan(batch=2, steps=4, staleness=1))
+        await bench.begin()
+        await bench.batch(0, min)
+        for group in sorted(bench.engines.waiting):
+            bench.engines.finish(group)
+        await bench.settle()
+        assert await bench.collector.next_batch(1, 30.0) is not None
+        await bench.settle()
+        assert bench.engines.asked == [0, 1, 2, 3, 4, 5]
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(("staleness", "begun"), [(0, 2), (1, 4), (3, 8), (9, 12)])
 def test_as_many_groups_are_begun_as_may_be_stale_and_no_more_than_the_stage_needs(staleness: int, begun: int) -> None:
     async def run() -> None:

@@ -203,6 +203,7 @@ class Collector:
         progress = self.progress
         progress.version = step - self.stage.first_step
         before, busy = self.clock.read(), self._busy()
+        self._fill()  # also when the batch is there already: what it makes room for is generated while it is trained on
         try:
             async with asyncio.timeout(patience_s):
                 while not self._ready():
