@@ -45,13 +45,28 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False},
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "tie_word_embeddings": False,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+    },
 }
 """Name -> fields of config.json over the shared ones."""
 
 
+def config_of(name: str) -> dict[str, Any]:
+    """Its config.json."""
+    return {**_SHARED, **MODELS[name]}
+
+
 def make_model(folder: Path, name: str = "qwen3", **changes: Any) -> Path:
     """A Hugging Face folder with random weights that are far from uniform."""
-    fields = {**_SHARED, **MODELS[name], **changes}
+    fields = {**config_of(name), **changes}
     config = AutoConfig.for_model(**{"model_type": fields.pop("model_type"), **fields})
     return save_model(randomised(config, torch.Generator().manual_seed(5)), folder)
 
@@ -176,6 +191,22 @@ def exported(trainer: Any) -> dict[str, np.ndarray[Any, Any]]:
     return weights
 
 
+def one_by_one(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Experts by themselves, as in files; transformers holds them together."""
+    found = {}
+    for name, tensor in weights.items():
+        for number, expert in enumerate(tensor) if ".experts." in name and tensor.ndim == 3 else ():
+            base = name.rpartition(".")[0] + f".{number}"
+            if name.endswith("gate_up_proj"):
+                gate, up = np.split(expert, 2)
+                found |= {f"{base}.gate_proj.weight": gate, f"{base}.up_proj.weight": up}
+            else:
+                found[f"{base}.down_proj.weight"] = expert
+        if ".experts." not in name or tensor.ndim != 3:
+            found[name] = tensor
+    return found
+
+
 def train(trainer: Any, seeds: Sequence[int], minibatches: int = 1) -> dict[str, Any]:
     """Log-probabilities before, metrics of each batch, weights and the reference's log-probabilities after."""
     probe = make_batch(99)
@@ -219,7 +250,9 @@ def run_job(job: Mapping[str, Any], **where: Any) -> Any:
 def run_jobs(out: Path, world_size: int, jobs: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Each of `jobs` on `world_size` ranks in new processes."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "jobs.json").write_text(json.dumps([{**job, "address": free_address()} for job in jobs]))
+    (out / "jobs.json").write_text(
+        json.dumps([{**job, "address": f"file://{out}/meeting-{number}"} for number, job in enumerate(jobs)])
+    )
     command = [sys.executable, __file__, str(out / "jobs.json"), str(out / "results.pkl")]
     ranks = [subprocess.Popen([*command, str(rank), str(world_size)]) for rank in range(world_size)]
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megatron_kit import MODELS, make_batch, make_model, make_trainer, torch_trainer, train
+from megatron_kit import MODELS, make_batch, make_model, make_trainer, one_by_one, torch_trainer, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -63,7 +63,7 @@ def test_an_optimizer_step_is_that_of_the_trainer_torch(tmp_path: Path, name: st
     for metric, value in reference["metrics"][0].items():
         if metric != "train_seconds":
             assert own["metrics"][0][metric] == pytest.approx(value, rel=1e-5, abs=1e-6), metric
-    for weight, tensor in reference["weights"].items():
+    for weight, tensor in one_by_one(reference["weights"]).items():
         np.testing.assert_allclose(own["weights"][weight], tensor, rtol=1e-5, atol=1e-5)
     for found, value in zip([own["before"], *own["after"]], [reference["before"], *reference["after"]], strict=True):
         np.testing.assert_allclose(found, value, atol=1e-4)
@@ -123,12 +123,5 @@ def test_a_truncated_file_of_weights_is_refused(tmp_path: Path) -> None:
 
 
 def refused(folder: Path, error: str) -> None:
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    try:
-        with pytest.raises(UserError, match=error):
-            make_trainer(folder)
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    with pytest.raises(UserError, match=error):
+        make_trainer(folder)

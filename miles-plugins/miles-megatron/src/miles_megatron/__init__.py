@@ -17,6 +17,7 @@ def miles_trainers() -> Iterable[TrainerSpec]:
         gives=frozenset({"old_logprobs", "ref_logprobs"}),
         families="listed",
         backend="megatron",
+        check="miles_megatron.layout:check_run",
         summary="Megatron-core: tensor, pipeline, context, expert and data parallelism, for large models.",
     )
 

@@ -1,4 +1,4 @@
-"""Checkpoints: Megatron's distributed format for training, a Hugging Face folder for everything else.
+"""Checkpoints of training, in Megatron's distributed format.
 
     dist/                 model, optimizer and reference, in Megatron's `torch_dist` format: any layout can load it
     random.safetensors    "<rank>/<name>": random states
@@ -29,8 +29,6 @@ from torch import Tensor, nn
 
 from miles_core.errors import UserError
 from miles_megatron.model import bare
-from miles_megatron.weights import Exporter
-from miles_torch import export
 from miles_torch.checkpoint import random_states, save_file
 
 _REFERENCE = "reference."
@@ -146,13 +144,3 @@ def _set_random(states: Mapping[str, Tensor]) -> None:
     tracked = {name.removeprefix("tracker/"): s for name, s in states.items() if name.startswith("tracker/")}
     if tracked:
         get_cuda_rng_tracker().set_states(tracked)
-
-
-def save_pretrained(exporter: Exporter, source: Path, folder: Path, *, writes: bool) -> None:
-    """The policy as a Hugging Face folder with config and tokenizer of `source`. A collective; writes: on rank 0."""
-    full = {}
-    for name, tensor in exporter.tensors():
-        if writes:
-            full[name] = tensor.detach().to("cpu", copy=True)
-    if writes:
-        export.pretrained(full, source, folder)

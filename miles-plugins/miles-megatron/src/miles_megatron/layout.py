@@ -46,6 +46,22 @@ class Layout:
         )
 
 
+def check_run(options: TrainerOptions, config: Mapping[str, Any], description: MegatronModel, world_size: int) -> None:
+    """Refuses a run before it starts; see `miles_core.roles.TrainerCheck`. Raises `UserError`."""
+    check_model(options, description)
+    check_layout(Layout.of(options.parallel), description, world_size, options)
+
+
+def check_model(options: TrainerOptions, model: MegatronModel) -> None:
+    """Refuses options that contradict config.json. Raises `UserError`."""
+    for name, value in options.transformer.items():
+        if name in model.transformer and model.transformer[name] != value:
+            raise UserError(
+                f"trainer.transformer.{name} is {value!r}, but the model's config.json says "
+                f"{model.transformer[name]!r}; leave it out"
+            )
+
+
 def check_layout(layout: Layout, model: MegatronModel, world_size: int, options: TrainerOptions) -> None:
     """Refuses what cannot be divided and what Megatron would train wrongly without a word. Raises `UserError`."""
     _check_ranks(layout, world_size)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from miles_core.errors import UserError
 from miles_core.megatron import MegatronModel
-from miles_megatron.layout import Layout, check_layout, default_implementation
+from miles_megatron.layout import Layout, check_layout, check_model, default_implementation
 from miles_megatron.options import TrainerOptions
 
 _FUNCTIONS = {"silu": F.silu}
@@ -27,7 +27,7 @@ _LR = 1e-6
 def transformer(options: TrainerOptions, model: MegatronModel, world_size: int) -> Any:
     """The `TransformerConfig` of the run. Raises `UserError` for a layout that does not fit."""
     layout = Layout.of(options.parallel)
-    _refuse_conflicts(options, model)
+    check_model(options, model)
     check_layout(layout, model, world_size, options)
     half = bool(options.parallel.get("bf16", False))
     dtype = torch.bfloat16 if half else torch.float32
@@ -72,15 +72,6 @@ def _defaults(model: MegatronModel) -> dict[str, Any]:
     if cuda:
         found |= {"bias_activation_fusion": True, "apply_rope_fusion": implementation == "transformer_engine"}
     return found
-
-
-def _refuse_conflicts(options: TrainerOptions, model: MegatronModel) -> None:
-    for name, value in options.transformer.items():
-        if name in model.transformer and model.transformer[name] != value:
-            raise UserError(
-                f"trainer.transformer.{name} is {value!r}, but the model's config.json says "
-                f"{model.transformer[name]!r}; leave it out"
-            )
 
 
 def ddp(options: TrainerOptions) -> DistributedDataParallelConfig:

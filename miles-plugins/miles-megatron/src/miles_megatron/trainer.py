@@ -31,7 +31,7 @@ from miles_core.errors import RunError, UserError
 from miles_core.roles import Bucket, BucketLayout, LossInputs, Segments, TrainerContext, TrainStage
 from miles_core.run.mismatch import mismatch
 from miles_core.sample import Batch
-from miles_megatron import checkpoint, families, model, schedule, settings
+from miles_megatron import checkpoint, families, model, pretrained, schedule, settings
 from miles_megatron.layout import Layout
 from miles_megatron.options import TrainerOptions
 from miles_megatron.packing import MicroBatch, pieces, plan
@@ -335,7 +335,12 @@ class MegatronTrainer:
 
     def save_pretrained(self, folder: Path) -> None:
         """See `miles_core.roles.Trainer.save_pretrained`. A collective; rank 0 writes."""
-        checkpoint.save_pretrained(self._exporter, self.context.model, folder, writes=self.context.rank == 0)
+        tensors = self._exporter.tensors()
+        if self.context.rank:
+            for _ in tensors:
+                pass
+        else:
+            pretrained.write(folder, self.context.model, self._exporter.layout(), tensors)
 
 
 def _minibatches(batch: Batch) -> list[list[int]]:

@@ -88,10 +88,10 @@ class Writer:
         (self._folder / "trainer.json").write_text(json.dumps({"format": 1, **record}) + "\n", encoding="utf-8")
 
 
-def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """One safetensors file, on the disk when this returns. Raises `OSError` if it cannot be written."""
     with disk_errors(path):
-        safetensors.torch.save_file(tensors, path)
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

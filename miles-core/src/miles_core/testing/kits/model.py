@@ -127,7 +127,8 @@ def _trainer(subject: Subject[ModelSpec], folder: Path) -> Any:
 
 
 def _installed_trainer() -> Entry[TrainerSpec]:
-    found = [entry for entry in discover().all(TrainerSpec) if "cpu" in entry.spec.devices]
+    entries = discover().all(TrainerSpec)
+    found = [entry for entry in entries if "cpu" in entry.spec.devices and entry.spec.families == "any"]
     return found[0] if found else skip("no trainer that runs on a CPU is installed; miles-torch is one")
 
 

@@ -1,0 +1,162 @@
+"""Megatron's own options in a run file, and what is refused before a process is started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from megatron_kit import config_of
+
+from miles_core.errors import MissingExtraError, UserError
+from miles_megatron import surface
+from miles_megatron.layout import check_run
+from miles_megatron.options import TrainerOptions
+from miles_qwen.megatron import qwen3, qwen3_moe
+
+
+def test_sections_hold_the_fields_of_the_classes_that_megatron_declares() -> None:
+    script = """
+import dataclasses, json
+from miles_megatron import start
+start.prepare()
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import MLATransformerConfig
+names = lambda cls: {field.name for field in dataclasses.fields(cls) if field.init and not field.name.startswith("_")}
+parallel = names(ModelParallelConfig)
+print(json.dumps({
+    "transformer": sorted(names(MLATransformerConfig) - parallel),
+    "parallel": sorted(parallel),
+    "optimizer": sorted(names(OptimizerConfig)),
+    "ddp": sorted(names(DistributedDataParallelConfig)),
+}))
+"""
+    import json
+
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    declared = json.loads(done.stdout.splitlines()[-1])
+    assert {section: sorted(surface.fields(section)) for section in declared} == declared
+    assert {"lr_decay_style", "lr_warmup_iters"} <= surface.fields("scheduler").keys()  # needs Python 3.12 to import
+
+
+def test_every_reserved_field_exists_in_megatron() -> None:
+    for section, reserved in surface.RESERVED.items():
+        assert reserved.keys() <= surface.fields(section).keys(), section
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (
+            {"transformer": {"recompute_granularty": "full"}},
+            "transformer has no option 'recompute_granularty'. Did you mean 'recompute_granularity'",
+        ),
+        (
+            {"transformer": {"tensor_model_parallel_size": 2}},
+            r"transformer has no option 'tensor_model_parallel_size'. It belongs in \[trainer.parallel\]",
+        ),
+        ({"optimizer": {"learning_rate": 1e-6}}, "optimizer has no option 'learning_rate'"),
+        ({"parallel": {"fp16": True}}, "parallel.fp16 cannot be set to True: only bf16 and float32 train here"),
+        (
+            {"transformer": {"hidden_dropout": 0.1}},
+            "transformer.hidden_dropout cannot be set to 0.1: with dropout, log-probabilities",
+        ),
+        (
+            {"transformer": {"calculate_per_token_loss": False}},
+            "calculate_per_token_loss cannot be set to False: the objective is a sum over tokens",
+        ),
+        ({"ddp": {"average_in_collective": True}}, "average_in_collective cannot be set to True: gradients are summed"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1, got 0"),
+    ],
+)
+def test_unknown_misplaced_and_contradicting_options_are_refused(options: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        TrainerOptions(**options)
+
+
+def test_saying_what_miles_sets_anyway_is_no_conflict() -> None:
+    TrainerOptions(transformer={"hidden_dropout": 0.0, "calculate_per_token_loss": True})
+
+
+def test_without_megatron_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surface, "find_spec", lambda name: None)
+    surface.fields.cache_clear()
+    try:
+        with pytest.raises(MissingExtraError, match=r"pip install 'miles-megatron\[core\]'"):
+            TrainerOptions(parallel={"bf16": True})
+    finally:
+        surface.fields.cache_clear()
+
+
+DENSE, SPARSE = qwen3(config_of("qwen3")), qwen3_moe(config_of("qwen3-moe"))
+
+
+@pytest.mark.parametrize(
+    ("model", "world_size", "options", "error"),
+    [
+        (
+            DENSE, 2, {"parallel": {"tensor_model_parallel_size": 4}},
+            "tensor 4 x pipeline 1 x context 1 = 4 ranks do not divide the trainer's 2",
+        ),
+        (
+            DENSE, 3, {"parallel": {"tensor_model_parallel_size": 3}},
+            "tensor_model_parallel_size: the model's 4 attention heads cannot be divided by 3",
+        ),
+        (
+            DENSE, 3, {"parallel": {"pipeline_model_parallel_size": 3}},
+            "pipeline_model_parallel_size: the model's 4 layers cannot be divided by 3",
+        ),
+        (DENSE, 2, {"parallel": {"expert_model_parallel_size": 2}}, "is for models with experts; this one has none"),
+        (
+            SPARSE, 3, {"parallel": {"expert_model_parallel_size": 3}},
+            "expert_model_parallel_size: the model's 4 experts cannot be divided by 3",
+        ),
+        (
+            SPARSE, 2,
+            {
+                "parallel": {
+                    "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "sequence_parallel": True,
+                }
+            },
+            "without expert parallelism Megatron would not sum the experts' gradients",
+        ),
+        (
+            SPARSE, 2, {"parallel": {"tensor_model_parallel_size": 2}},
+            "sequence_parallel must be true where a model with experts is tensor parallel",
+        ),
+        (
+            DENSE, 2,
+            {"parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}},
+            "a virtual pipeline on two stages trains silently wrong unless overlap_p2p_comm = true",
+        ),
+        (
+            DENSE, 1, {"parallel": {"virtual_pipeline_model_parallel_size": 2}},
+            "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size >= 2",
+        ),
+        (
+            DENSE, 1, {"transformer": {"fp8": "hybrid", "transformer_impl": "local"}},
+            "fp8 needs Transformer Engine, without which Megatron ignores it",
+        ),
+        (
+            DENSE, 1, {"transformer": {"num_layers": 8}},
+            "transformer.num_layers is 8, but the model's config.json says 4; leave it out",
+        ),
+    ],
+)  # fmt: skip
+def test_layouts_that_do_not_fit_or_train_wrongly_are_refused(
+    model: Any, world_size: int, options: dict[str, Any], error: str
+) -> None:
+    with pytest.raises(UserError, match=error):
+        check_run(TrainerOptions(**options), {}, model, world_size)
+
+
+def test_options_and_checks_import_nothing_heavy() -> None:
+    script = (
+        "import sys, miles_megatron, miles_megatron.layout, miles_megatron.options as o;"
+        "o.TrainerOptions(parallel={'bf16': True});"
+        "assert not {'torch', 'megatron.core', 'transformers', 'numpy'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
