@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from miles_core.config.schema import KLSection
+from miles_core.run.kl import adapted
 from miles_grpo.advantage.gdpo import gdpo
 from miles_grpo.advantage.grpo import dr_grpo, grpo
 from miles_grpo.advantage.opo import opo
@@ -53,6 +55,16 @@ AGGREGATIONS = {
     "sequence-sum": ("seq-mean-token-sum", None),
     "constant": ("seq-mean-token-sum-norm", 7),
 }
+
+
+def test_adaptive_kl(verl):
+    """The controller of the coefficient."""
+    theirs, ours = verl.algos.AdaptiveKLController(0.3, target_kl=0.5, horizon=700), 0.3
+    section = KLSection(target=0.5, horizon=700, per="token")
+    for divergence in (0.1, 0.49, 0.52, 3.0, -1.0):
+        theirs.update(current_kl=divergence, n_steps=64)
+        ours = adapted(ours, divergence, 64, section)
+        assert ours == pytest.approx(theirs.value, rel=1e-12)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

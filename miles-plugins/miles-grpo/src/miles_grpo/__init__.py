@@ -48,6 +48,7 @@ def miles_advantages() -> Iterable[AdvantageSpec]:
         ref="miles_grpo.advantage.reinforce:reinforce_plus_plus",
         options="miles_grpo.options:ReinforcePlusPlus",
         needs_if=_IN_REWARD,
+        kl_coef="kl_coef",
         summary="Discounted return with a KL penalty, whitened over the batch",
     )
     yield AdvantageSpec(
@@ -55,6 +56,7 @@ def miles_advantages() -> Iterable[AdvantageSpec]:
         ref="miles_grpo.advantage.reinforce:reinforce_plus_plus_baseline",
         options="miles_grpo.options:ReinforcePlusPlus",
         needs_if=_IN_REWARD,
+        kl_coef="kl_coef",
         groups=True,
         summary="reinforce++ with the group's mean taken off the reward first",
     )
@@ -88,6 +90,7 @@ def miles_losses() -> Iterable[LossSpec]:
         options="miles_grpo.options:Reinforce",
         needs=frozenset({"advantages"}),
         needs_if={"ref_logprobs": "kl_coef"},
+        kl_coef="kl_coef",
         entropy_if="entropy_coef",
         summary="Plain policy gradient",
     )
@@ -101,6 +104,7 @@ def _loss(name: str, function: str, options: str, summary: str) -> LossSpec:
         options=f"miles_grpo.options:{options}",
         needs=frozenset({"advantages", "old_logprobs"}),
         needs_if={"ref_logprobs": "kl_coef"},
+        kl_coef="kl_coef",
         entropy_if="entropy_coef",
         summary=summary,
     )
