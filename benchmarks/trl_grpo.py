@@ -6,11 +6,14 @@
 
 The same for both: a 3.4-million-parameter Qwen3 with its weights, 8 prompts of 64 tokens a step, 4 samples of exactly
 64 new tokens each (the end token lies outside the model's vocabulary, so nothing can stop early), one optimizer step,
-and float32. The two take turns; each turn is a process of its own, whose first steps are not counted, so that neither
-start-up nor a slow moment of the machine decides. A step lasts from the end of the one before to its own end:
-generating, scoring, training and (Miles) sending the weights to the engine. Tokens are the generated ones.
+and float32. Miles runs twice: synchronously, as TRL does, where engine and trainer wait for each other and so one
+thread works at a time; and with `max_staleness = 1`, where they work at the same time, one thread each, so two in all,
+and a batch is one update old. The three take turns; each turn is a process of its own, whose first steps are not
+counted, so that neither start-up nor a slow moment of the machine decides. A step lasts from the end of the one before
+to its own end: generating, scoring, training and (Miles) sending the weights to the engine. Tokens are the generated
+ones.
 
-Start it with `taskset -c 0` to hold both to one core, helper threads and processes included.
+Start it with `taskset -c 0` to hold all to one core, helper threads and processes included.
 """
 
 from __future__ import annotations
@@ -108,10 +111,11 @@ def trl_seconds(python: str, folder: Path, steps: int) -> list[float]:
     return seconds
 
 
-def miles_steps(folder: Path, turn: int) -> tuple[list[float], list[float]]:
+def miles_steps(folder: Path, turn: int, staleness: int) -> tuple[list[float], list[float]]:
     """One turn of Miles: seconds of each step, and the share of it that is none of generate, reward, train, publish."""
-    name = f"turn-{turn}"
-    call([str(Path(sys.executable).with_name("miles")), "train", str(folder / "run.toml"), f"name={name}"])
+    name = f"turn-{turn}-{staleness}"
+    program = str(Path(sys.executable).with_name("miles"))
+    call([program, "train", str(folder / "run.toml"), f"name={name}", f"schedule.max_staleness={staleness}"])
     lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     assert {line["response_tokens"] for line in lines} == {PROMPTS * SAMPLES * NEW_TOKENS}
     ends = [line["time"] for line in lines]
@@ -120,22 +124,28 @@ def miles_steps(folder: Path, turn: int) -> tuple[list[float], list[float]]:
 
 
 def compare(folder: Path, trl_python: str, pairs: int, steps: int) -> None:
-    """Prints each pair's tokens per second and their ratio, then the medians."""
+    """Prints each turn's tokens per second and the ratios to TRL's, then the medians."""
     tokens = PROMPTS * SAMPLES * NEW_TOKENS
-    rates: list[tuple[float, float]] = []
+    rates: list[tuple[float, float, float]] = []
     shares: list[float] = []
-    print(f"{'pair':>6} {'Miles':>14} {'TRL':>14} {'ratio':>7}")
+    print(f"{'turn':>6} {'TRL':>8} {'Miles':>8} {'ratio':>6} {'one step ahead':>15} {'ratio':>6}   (tokens a second)")
     for turn in range(pairs):
-        seconds, others = miles_steps(folder, turn)
+        seconds, others = miles_steps(folder, turn, 0)
         shares += others
         miles = tokens / statistics.median(seconds)
         trl = tokens / statistics.median(trl_seconds(trl_python, folder, steps))
-        rates.append((miles, trl))
-        print(f"{turn + 1:6} {miles:8.0f} tok/s {trl:8.0f} tok/s {miles / trl:7.2f}", flush=True)
-    ratio = statistics.median(miles / trl for miles, trl in rates)
-    miles, trl = (statistics.median(side) for side in zip(*rates, strict=True))
-    print(f"{'median':>6} {miles:8.0f} tok/s {trl:8.0f} tok/s {ratio:7.2f}")
-    print(f"Miles spends {statistics.median(shares):.1%} of a step on neither generate, reward, train nor publish.")
+        ahead = tokens / statistics.mean(miles_steps(folder, turn, 1)[0])
+        rates.append((trl, miles, ahead))
+        show(str(turn + 1), trl, miles, ahead, miles / trl, ahead / trl)
+    trl, miles, ahead = (statistics.median(side) for side in zip(*rates, strict=True))
+    ratio = statistics.median(own / other for other, own, _ in rates)
+    show("median", trl, miles, ahead, ratio, statistics.median(own / other for other, _, own in rates))
+    print(f"Synchronous, {statistics.median(shares):.1%} of a step is neither generate, reward, train nor publish.")
+
+
+def show(title: str, trl: float, miles: float, ahead: float, ratio: float, ratio_ahead: float) -> None:
+    """Prints a line of the table."""
+    print(f"{title:>6} {trl:8.0f} {miles:8.0f} {ratio:6.2f} {ahead:15.0f} {ratio_ahead:6.2f}", flush=True)
 
 
 def main() -> None:
