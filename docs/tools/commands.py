@@ -5,7 +5,7 @@
   any text.
 - A block `bash` has commands that are run and print what they like.
 - A comment above a block says what is special: `<!-- exits with 2 -->`, or `<!-- not run: REASON -->`.
-- A comment `<!-- continues PAGE -->` in a page: its folder is what the commands of that page have left.
+- A comment `<!-- continues PAGE -->` in a page: it begins in a copy of the folder that the commands of that page leave.
 
 `python docs/tools/commands.py PAGE…` runs the pages and writes what their commands print today into them.
 """
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HOME = "/home/you"
@@ -162,15 +162,16 @@ def normal(line: str) -> str:
 
 @dataclass
 class Shell:
-    """A folder, and an environment over the one that this runs in: what a page installs stays in it."""
+    """A folder, and an environment over the one that this runs in: what a page installs stays in it. at: the working
+    folder."""
 
     folder: Path
     environment: Path
-    at: Path = field(init=False)
+    at: Path = Path()
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.at = self.folder
+        self.at = self.folder / self.at
         if not self.environment.exists():
             _make_environment(self.environment)
 
@@ -239,30 +240,42 @@ def run(page: str, shell: Shell) -> Iterator[Outcome]:
 
 
 class Workshop:
-    """Runs pages, each once, in folders of their own below one."""
+    """Runs pages, each once, below one folder. All of them see the same path, so that what one leaves fits where
+    another goes on."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._home = folder / "you"
         self._done: dict[Path, tuple[Shell, list[Outcome]]] = {}
 
     def outcomes(self, page: Path) -> list[Outcome]:
         """Of the commands of a page."""
         return self._run(page.resolve())[1]
 
+    def left_by(self, page: Path) -> Path:
+        """A folder with what the commands of a page have left."""
+        self._run(page.resolve())
+        return self._kept(page.resolve())
+
+    def _kept(self, page: Path) -> Path:
+        return self._folder / "kept" / f"{list(self._done).index(page)}-{page.stem}"
+
     def _run(self, page: Path) -> tuple[Shell, list[Outcome]]:
         if page not in self._done:
             text = page.read_text(encoding="utf-8")
             shell = self._shell(page, continued(text))
             self._done[page] = (shell, list(run(text, shell)))
+            shutil.copytree(self._home, self._kept(page), symlinks=True)
         return self._done[page]
 
     def _shell(self, page: Path, before: str | None) -> Shell:
-        place = self._folder / f"{len(self._done)}-{page.stem}"
-        if before is None:
-            return Shell(place / "you", place / "environment")
-        other, _ = self._run((page.parent / before).resolve())
-        shutil.copytree(other.folder, place / "you", symlinks=True)
-        return Shell(place / "you", other.environment)
+        other = None if before is None else (page.parent / before).resolve()
+        shell = self._run(other)[0] if other else None
+        shutil.rmtree(self._home, ignore_errors=True)
+        if other is None or shell is None:
+            return Shell(self._home, self._folder / f"environment-{len(self._done)}")
+        shutil.copytree(self._kept(other), self._home, symlinks=True)
+        return replace(shell)
 
 
 def rewritten(page: str, outcomes: list[Outcome]) -> str:
