@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from megatron_kit import run_functions
@@ -65,7 +67,7 @@ def test_values_and_gradients_are_those_of_log_softmax(
         torch.testing.assert_close(own, reference, rtol=1e-5, atol=1e-5)
 
 
-def test_ranks_that_share_the_vocabulary_agree_with_log_softmax(tmp_path: object) -> None:
+def test_ranks_that_share_the_vocabulary_agree_with_log_softmax(tmp_path: Path) -> None:
     first, second = run_functions(tmp_path, 2, "test_head:on_two_ranks")
     logprobs, entropy, hidden, weight = expected(0.7)
     for rank in (first, second):

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
@@ -66,10 +66,10 @@ def reference_state(chunks: Sequence[nn.Module], tensors: Mapping[int, Tensor]) 
     -> the reference's."""
 
     def replaced(value: Any) -> Any:
-        if isinstance(value, ShardedTensor | ShardedTensorFactory):
+        if isinstance(value, ShardedBase):
             value.key = f"{_REFERENCE}{value.key}"
-            if value.data is not None:
-                value.data = tensors[value.data.data_ptr()].view(value.data.shape)
+        if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.data is not None:
+            value.data = tensors[value.data.data_ptr()].view(value.data.shape)
         return value
 
     return {f"{_REFERENCE}{name}": dict_list_map_inplace(replaced, part) for name, part in model_state(chunks).items()}

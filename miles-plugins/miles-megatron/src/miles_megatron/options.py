@@ -18,13 +18,12 @@ class TrainerOptions:
     """The trainer `megatron`.
 
     micro_batch_tokens: most tokens of one forward and backward pass of a data-parallel rank (a longer sample runs
-    alone); results do not depend on it, memory does. async_save: checkpoints are written while training goes on.
+    alone); results do not depend on it, memory does.
     transformer, parallel, optimizer, scheduler, ddp: fields of Megatron-core's TransformerConfig, ModelParallelConfig,
     OptimizerConfig, SchedulerConfig and DistributedDataParallelConfig, by their own names.
     """
 
     micro_batch_tokens: int = 16384
-    async_save: bool = False
     transformer: Mapping[str, Any] = field(default_factory=dict)
     parallel: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,86 @@
+"""Checkpoints of one layout under another: the same parameters and optimizer state, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron_kit import make_model, make_trainer, run_jobs
+
+from miles_core.errors import UserError
+
+TENSOR = {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}
+EXPERT_PIPELINE = {"parallel": {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}}
+
+
+def plain(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole. Needs a process group."""
+    from megatron.core import dist_checkpointing
+
+    tensors: dict[str, torch.Tensor] = dist_checkpointing.load_plain_tensors(str(folder / "trainer" / "dist"))
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Trained at TP2 and saved; loaded at PP2 x EP2 and saved again; loaded at TP2 and saved a third time."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    model = str(make_model(folder / "model", "qwen3-moe"))
+
+    def job(options: dict[str, Any], load: str, save: str, seeds: list[int]) -> dict[str, Any]:
+        found: dict[str, Any] = {"model": model, "options": options, "seeds": seeds}
+        found |= {"save": str(folder / save / "trainer")} if save else {}
+        return found | ({"restore": str(folder / load / "trainer")} if load else {})
+
+    first, on = run_jobs(folder / "a", 2, [job(TENSOR, "", "first", [0, 1]), job(TENSOR, "first", "", [2])])
+    second, other = run_jobs(
+        folder / "b", 4, [job(EXPERT_PIPELINE, "first", "second", []), job(EXPERT_PIPELINE, "first", "", [2])]
+    )
+    (third,) = run_jobs(folder / "c", 2, [job(TENSOR, "second", "third", [])])
+    return {"folder": folder, "first": first, "second": second, "third": third, "on": on, "other": other}
+
+
+def test_weights_are_the_same_under_another_layout_and_back(saved: dict[str, Any]) -> None:
+    weights = saved["first"]["weights"]
+    for which in ("second", "third"):
+        assert saved[which]["weights"].keys() == weights.keys()
+        assert all(np.array_equal(saved[which]["weights"][name], weights[name]) for name in weights)
+
+
+def test_optimizer_state_and_reference_are_the_same_under_another_layout_and_back(saved: dict[str, Any]) -> None:
+    trainer = make_trainer(saved["folder"] / "model")  # for its process group
+    first, second, third = (plain(saved["folder"] / name) for name in ("first", "second", "third"))
+    trainer.stop()
+    assert any("exp_avg_sq" in name for name in first)
+    assert any(name.startswith("reference.") for name in first)
+    for other in (second, third):
+        assert other.keys() == first.keys()
+        assert all(torch.equal(other[name], first[name]) for name in first)
+
+
+def test_training_goes_on_alike_under_both(saved: dict[str, Any]) -> None:
+    (one,), (two,) = saved["on"]["metrics"], saved["other"]["metrics"]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert one[name] == pytest.approx(two[name], rel=1e-5), name
+    np.testing.assert_allclose(saved["on"]["after"][0], saved["other"]["after"][0], atol=1e-4)
+    np.testing.assert_allclose(saved["on"]["after"][1], saved["first"]["before"], atol=1e-5)  # the reference came along
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved: dict[str, Any], tmp_path: Path) -> None:
+    trainer = make_trainer(make_model(tmp_path / "model", "qwen3"))
+    with pytest.raises(UserError, match="does not fit this run's model"):
+        trainer.restore(saved["folder"] / "first" / "trainer")
+
+
+def test_what_is_no_checkpoint_is_refused(saved: dict[str, Any], tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "trainer"
+    shutil.copytree(saved["folder"] / "first" / "trainer", folder)
+    shutil.rmtree(folder / "dist")
+    trainer = make_trainer(saved["folder"] / "model")
+    with pytest.raises(UserError, match="holds no checkpoint in Megatron's distributed format"):
+        trainer.restore(folder)
