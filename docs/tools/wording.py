@@ -29,7 +29,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    """On one line; a bar in code needs no escape, and would show it."""
+    parts = _QUOTED.split(" ".join(text.split()))
+    return "".join(part if part.startswith("`") else part.replace("|", "\\|") for part in parts)
+
+
+_QUOTED = re.compile(r"(`[^`]*`)")
 
 
 def signature(function: Any, name: str = "") -> str:
@@ -57,9 +62,6 @@ def _split(arguments: str) -> list[str]:
         else:
             parts[-1] += letter
     return [part.strip() for part in parts]
-
-
-_QUOTED = re.compile(r"(`[^`]*`)")
 
 
 def prose(text: str) -> str:

@@ -169,9 +169,9 @@ class TrainerSection:
 @dataclass(frozen=True, kw_only=True)
 class CriticSection:
     """`[critic]`, beside `loss`, which it is trained with, and the options of the trainer that trains it; what it does
-    not say is as in `[trainer]`, if it is the same trainer. gpus, ranks, threads: as there, for ranks of its own; it
-    shares the policy's without gpus and ranks. warmup_steps: so many steps at the beginning of a stage teach the
-    critic alone."""
+    not say is as in `[trainer]`, if it is the same trainer. name: of that trainer. gpus, ranks, threads: as there, for
+    ranks of its own; it shares the policy's without gpus and ranks. warmup_steps: so many steps at the beginning of a
+    stage teach the critic alone."""
 
     name: str
     gpus: int = 0

@@ -36,8 +36,9 @@ class TensorBoard:
 class WandB:
     """What `wandb.init` takes, by its own names; see W&B's documentation.
 
-    run_name: `name` there; by default the name that the run has in Miles. mode: by default what WANDB_MODE says, else
-    "online"; "offline" only writes to the run folder, for `wandb sync`. settings: fields of `wandb.Settings`.
+    entity, project, notes, tags, group, job_type: as there. run_name: `name` there; by default the name that the run
+    has in Miles. mode: by default what WANDB_MODE says, else "online"; "offline" only writes to the run folder, for
+    `wandb sync`. settings: fields of `wandb.Settings`.
     """
 
     entity: str | None = None
@@ -54,7 +55,8 @@ class WandB:
 @dataclass(frozen=True, kw_only=True)
 class MLflow:
     """tracking_uri: of the server, "http://host:5000", or of a database file, "sqlite:///mlflow.db"; by default what
-    MLFLOW_TRACKING_URI says, else MLflow's own default. run_name: by default the name that the run has in Miles.
+    MLFLOW_TRACKING_URI says, else MLflow's own default. experiment_name: made if it is not there. run_name: by default
+    the name that the run has in Miles. tags: of the run.
     """
 
     tracking_uri: str | None = None
