@@ -43,7 +43,7 @@ class Engines:
     """Every request waits until the test finishes it. version: of the weights, which the test sets too.
 
     finish: gives a prompt its completions, whose first token is of the version at which it was asked for and whose
-    last is of the version now.
+    last is of the version now. left: prompts that nobody waited for any more.
     """
 
     def __init__(self) -> None:
@@ -52,6 +52,7 @@ class Engines:
         self.busy_seconds = [0.0]
         self.waiting: dict[int, asyncio.Future[list[Completion]]] = {}
         self.asked: list[int] = []
+        self.left: list[int] = []
         self.on_ask: Callable[[], None] = lambda: None
 
     async def generate(self, tokens: IntArray, seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
@@ -59,7 +60,12 @@ class Engines:
         self.asked.append(group)
         self.waiting[group] = asyncio.get_running_loop().create_future()
         self.on_ask()
-        await self.waiting[group]
+        try:
+            await self.waiting[group]
+        except asyncio.CancelledError:
+            self.left.append(group)
+            self.waiting.pop(group, None)
+            raise
         versions = np.array([began, self.version], np.int32)
         # What a seed gives does not depend on when it is asked for.
         return [
@@ -98,7 +104,14 @@ class Scores:
 
 
 def plan(
-    *, batch: int = 2, samples: int = 2, steps: int = 4, staleness: int = 0, filtered: bool = False, **cluster: Any
+    *,
+    batch: int = 2,
+    samples: int = 2,
+    steps: int = 4,
+    staleness: int = 0,
+    over_sample: int = 0,
+    filtered: bool = False,
+    **cluster: Any,
 ) -> schema.Plan:
     """One stage of single-turn rollouts, with the filter nonzero-std if `filtered`."""
 
@@ -110,7 +123,11 @@ def plan(
         name="train",
         first_step=0,
         schedule=schema.Schedule(
-            steps=steps, prompts_per_step=batch, samples_per_prompt=samples, max_staleness=staleness
+            steps=steps,
+            prompts_per_step=batch,
+            samples_per_prompt=samples,
+            max_staleness=staleness,
+            over_sample=over_sample,
         ),
         sampling=Sampling(max_new_tokens=2),
         data=component(DataSourceSpec, "counting", "test:counting"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from miles_core.errors import RunError, UserError
 from miles_core.run.collector import DROP_LIMIT, Collected
+from miles_core.sample import Group
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -172,8 +173,32 @@ def test_filters_that_drop_everything_end_the_run() -> None:
         await bench.begin()
         await bench.batch(0, min)
 
-    with pytest.raises(RunError, match=rf"\(nonzero-std\) have dropped {DROP_LIMIT * 2 + 1} groups in a row"):
+    with pytest.raises(RunError, match=rf"\(nonzero-std\) have dropped {DROP_LIMIT * 2 + 1} groups since"):
         asyncio.run(run())
+
+
+def test_filters_that_drop_almost_everything_end_the_run_too() -> None:
+    """A group that is kept now and then does not make the refilling endless."""
+
+    async def run() -> None:
+        bench = Bench(plan(batch=3, steps=1, filtered=True), Scores(equal=set(range(10_000)) - {1, 80}))
+        await bench.begin()
+        await bench.batch(0, min)
+
+    with pytest.raises(RunError, match=rf"have dropped {DROP_LIMIT * 3 + 1} groups since the last batch of 3"):
+        asyncio.run(run())
+
+
+def test_what_is_dropped_for_one_batch_does_not_count_for_the_next() -> None:
+    async def run() -> None:
+        kept = {80, 81, 172, 173}
+        bench = Bench(plan(batch=2, steps=2, filtered=True), Scores(equal=set(range(10_000)) - kept))
+        await bench.begin()
+        assert (await bench.batch(0, min)).metrics["dropped"] == 80
+        bench.engines.version = 1
+        assert (await bench.batch(1, min)).metrics["dropped"] == 90
+
+    asyncio.run(run())
 
 
 def test_rewards_that_always_fail_end_the_run_with_their_traceback() -> None:
@@ -303,3 +328,161 @@ def _described(bench: Bench) -> dict[int, object]:
         )
         for group, done in sorted(progress.done.items())
     }
+
+
+# ---- More groups than are needed -----------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    order=orders,
+    batch=st.integers(1, 4),
+    steps=st.integers(1, 5),
+    staleness=st.integers(0, 2),
+    over_sample=st.integers(1, 5),
+    equal=st.sets(st.integers(0, 25), max_size=12),
+)
+def test_of_too_many_groups_none_is_lost_stale_or_trained_twice(
+    order: random.Random, batch: int, steps: int, staleness: int, over_sample: int, equal: set[int]
+) -> None:
+    made = plan(batch=batch, steps=steps, staleness=staleness, over_sample=over_sample, filtered=True)
+    bench = Bench(made, Scores(equal=equal))
+    trained: list[int] = []
+
+    def admitted() -> None:
+        progress = bench.collector.progress
+        assert len(progress.begun) <= batch * (staleness + 1) + over_sample
+
+    bench.engines.on_ask = admitted
+    batches = asyncio.run(whole_run(bench, order))
+    for step, collected in enumerate(batches):
+        assert collected.batch is not None
+        assert step - staleness <= collected.batch["versions"][collected.batch["mask"]].min()
+        assert len(groups_of(collected)) == batch
+        trained += groups_of(collected)
+    assert len(trained) == len(set(trained)) == batch * steps
+    progress = bench.collector.progress
+    asked = set(bench.engines.asked)
+    dropped = asked & equal - set(progress.again) - set(progress.begun)
+    assert asked == set(range(progress.position))
+    assert sorted([*trained, *dropped, *progress.again, *progress.begun]) == sorted(asked)
+    counted = progress.dropped + sum(collected.metrics["dropped"] for collected in batches)
+    assert counted == len(dropped)
+    # Whatever was asked for more often than once was thrown back each time but the last.
+    thrown = sum(collected.metrics["oversampled"] for collected in batches)
+    assert thrown == len(bench.engines.asked) - len(asked) + len(set(progress.again))
+
+
+def test_the_first_groups_that_are_done_make_the_batch_and_the_rest_is_drawn_again() -> None:
+    async def run() -> None:
+        bench = Bench(plan(batch=2, steps=2, over_sample=2))
+        await bench.begin()
+        waiting = asyncio.create_task(bench.collector.next_batch(0, 30.0))
+        await bench.settle()
+        assert bench.engines.asked == [0, 1, 2, 3]
+        for group in (3, 1):
+            bench.engines.finish(group)
+            await bench.settle()
+        collected = await waiting
+        assert collected is not None
+        assert groups_of(collected) == [1, 3]
+        assert collected.metrics["oversampled"] == 2
+        await bench.settle()
+        assert sorted(bench.engines.left) == [0, 2]
+        assert bench.engines.asked == [0, 1, 2, 3]  # while the trainer works, nothing is begun that would be stale
+        bench.engines.version = 1
+        assert groups_of(await bench.batch(1, min)) == [0, 2]
+        assert bench.engines.asked[4:] == [0, 2, 4, 5]
+
+    asyncio.run(run())
+
+
+def test_of_more_done_than_needed_those_that_were_done_first_make_the_batch() -> None:
+    async def run() -> None:
+        bench = Bench(plan(batch=2, steps=1, over_sample=2))
+        await bench.begin()
+        waiting = asyncio.create_task(bench.collector.next_batch(0, 30.0))
+        await bench.settle()
+        for group in (2, 3, 0):
+            bench.engines.finish(group)
+        collected = await waiting
+        assert collected is not None
+        assert groups_of(collected) == [2, 3]
+        assert collected.metrics["oversampled"] == 2
+
+    asyncio.run(run())
+
+
+def test_a_group_that_is_being_scored_is_not_disturbed_and_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        bench = Bench(plan(batch=1, steps=2, over_sample=1))
+        scored = asyncio.Event()
+        score = bench.scores.score
+
+        async def slow(group: Group) -> Group:
+            if group[0].group == 0 and not scored.is_set():
+                await scored.wait()
+                return await Scores(failed={0}).score(group)
+            return await score(group)
+
+        monkeypatch.setattr(bench.scores, "score", slow)
+        await bench.begin()
+        waiting = asyncio.create_task(bench.collector.next_batch(0, 30.0))
+        await bench.settle()
+        for group in (0, 1):
+            bench.engines.finish(group)
+        first = await waiting
+        assert first is not None
+        assert groups_of(first) == [1]
+        bench.engines.version = 1
+        waiting = asyncio.create_task(bench.collector.next_batch(1, 30.0))
+        await bench.settle()
+        scored.set()  # the first attempt at group 0 is scored now, and nobody waits for it
+        await bench.settle()
+        assert not waiting.done()
+        bench.engines.finish(0)
+        second = await waiting
+        assert second is not None
+        assert groups_of(second) == [0]
+        assert second.metrics["failed"] == 0
+        assert second.batch is not None
+        assert second.batch.samples["scored"].all()
+
+    asyncio.run(run())
+
+
+@settings(deadline=None, max_examples=30)
+@given(order=orders, staleness=st.integers(0, 2), over_sample=st.integers(1, 4), stop=st.integers(1, 4))
+def test_a_resumed_run_with_too_many_groups_loses_none(
+    tmp_path_factory: pytest.TempPathFactory, order: random.Random, staleness: int, over_sample: int, stop: int
+) -> None:
+    made = plan(batch=2, steps=5, staleness=staleness, over_sample=over_sample)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    trained: list[int] = []
+
+    async def train(bench: Bench, steps: range) -> None:
+        for step in steps:
+            collected = await bench.batch(step, order.choice)
+            trained.extend(groups_of(collected))
+            assert collected.metrics["staleness/max"] <= staleness
+            bench.engines.version = step + 1
+
+    async def until_the_stop() -> None:
+        bench = Bench(made)
+        await bench.begin()
+        await train(bench, range(stop))
+        if bench.engines.waiting:
+            bench.engines.finish(order.choice(sorted(bench.engines.waiting)))
+            await bench.settle()
+        bench.collector.save(folder)
+
+    async def after_it() -> Bench:
+        bench = Bench(made)
+        await bench.begin(stop, folder)
+        await train(bench, range(stop, 5))
+        return bench
+
+    asyncio.run(until_the_stop())
+    progress = asyncio.run(after_it()).collector.progress
+    assert len(trained) == len(set(trained)) == 10
+    assert sorted([*trained, *progress.again, *progress.begun]) == list(range(progress.position))

@@ -32,7 +32,8 @@ class Engine:
     """Keeps what is submitted until the test says what comes of it."""
 
     def __init__(self) -> None:
-        self.submit, self.take = Method(self._submit), Method(self._take)
+        self.submit, self.take, self.abort = Method(self._submit), Method(self._take), Method(self._abort)
+        self.aborted: list[list[str]] = []
         self.batches: list[list[Request]] = []
         self.results: list[tuple[str, Any]] = []
         self.busy_seconds = 0.0
@@ -56,6 +57,12 @@ class Engine:
             raise self.broken
         taken, self.results = self.results, []
         return taken, self.busy_seconds
+
+    async def _abort(self, ids: Sequence[str]) -> None:
+        self.aborted.append(list(ids))
+        for request in self.requests:
+            if request.id in ids:
+                self.finish(request, "aborted")
 
     def wake(self) -> None:
         self._news.set()
@@ -231,5 +238,33 @@ def test_a_silent_engine_is_named_with_its_log_and_one_that_computes_is_not(monk
         message = r"engine 0 has neither .* for 0.05 s \(cluster.deadline_s\), with 1 requests .*log: engine-0.log"
         with pytest.raises(RunError, match=message):
             await task
+
+    asyncio.run(run())
+
+
+def test_an_engine_hears_that_nobody_waits_any_more_once_for_all_of_a_turn() -> None:
+    async def run() -> None:
+        engine = Engine()
+        pool = pool_of(engine)
+        tasks = [ask(pool, seed) for seed in range(4)]
+        await settle()
+        late = ask(pool, 9)  # it leaves before its request does
+        await asyncio.sleep(0)
+        for task in (tasks[0], tasks[2], late):
+            task.cancel()
+        await settle()
+        assert [request.seeds for request in engine.requests] == [(0,), (1,), (2,), (3,)]
+        gone = [request.id for request in engine.requests if request.seeds in ((0,), (2,))]
+        assert engine.aborted == [gone]
+        for request in engine.requests:
+            if request.id not in gone:
+                engine.finish(request)
+        assert [seeds_of(await task) for task in (tasks[1], tasks[3])] == [[1], [3]]
+        for task in (tasks[0], tasks[2], late):
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await settle()
+        assert pool._engines[0].load == 0
+        assert pool.aborted == 0
 
     asyncio.run(run())

@@ -2,6 +2,7 @@
 
 Calls made in the same turn of the event loop leave together, one message an engine, and so enter each engine together.
 Results come back by one long poll an engine, many in one answer. What an engine aborted for a publish is asked again.
+Who stops waiting is heard of by the engine, which aborts what nobody wants any more.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class EnginePool:
         self._deadline_s = deadline_s
         self._ids = itertools.count()
         self._queue: list[tuple[Request, asyncio.Future[list[Completion]]]] = []
+        self._left: set[asyncio.Future[list[Completion]]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.aborted = 0
 
@@ -69,12 +71,34 @@ class EnginePool:
         if not self._queue:
             loop.call_soon(self._flush)
         self._queue.append((request, future))
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if not self._left:
+                loop.call_soon(self._flush_left)
+            self._left.add(future)
+            raise
+
+    def _flush_left(self) -> None:
+        """Tells the engines whom nobody waits for any more."""
+        for engine in self._engines:
+            names = [name for name, (_, future) in engine.waiting.items() if future in self._left]
+            if names:
+                self._spawn(self._abort(engine, names))
+        self._left.clear()
+
+    async def _abort(self, engine: _Engine, names: Sequence[str]) -> None:
+        try:
+            await engine.member.actor.abort.remote(names)
+        except Exception as error:
+            self._fail(engine, translated(error, engine.member, "abort"))
 
     def _flush(self) -> None:
         """Sends what was asked for in this turn, each request to the engine with the least to do."""
         shares: dict[int, list[Request]] = {}
         for request, future in self._queue:
+            if future.cancelled():
+                continue
             index = min(range(len(self._engines)), key=lambda place: self._engines[place].load)
             engine = self._engines[index]
             named = Request(

@@ -133,10 +133,17 @@ class Producer:
         return self.source.next()
 
     async def make(self, prompt: Prompt, count: int) -> Group:
-        """`count` samples of a prompt, scored. The same run, stage, prompt and place give the same seed."""
+        """`count` samples of a prompt, scored."""
+        return await self.score(await self.generate(prompt, count))
+
+    async def generate(self, prompt: Prompt, count: int) -> Group:
+        """`count` samples of a prompt. The same run, stage, prompt and place give the same seed."""
         self._clock.stir()
         seeds = [self.seed(prompt.id, index) for index in range(count)]
-        group = await self.rollout.run(prompt, seeds, self.context)
+        return await self.rollout.run(prompt, seeds, self.context)
+
+    async def score(self, group: Group) -> Group:
+        """The samples with their rewards."""
         if self.scorer is None:
             return [replace(sample, reward=0.0) for sample in group]
         self._clock.enter("reward")
