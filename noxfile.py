@@ -23,6 +23,8 @@ MEMBERS = sorted(
     for pattern in ("miles-core", "miles-plugins/*", "miles-models/*")
     for pyproject in ROOT.glob(f"{pattern}/pyproject.toml")
 )
+EXAMPLE = Path("docs/examples/acme-suffix-reward")
+"""A plugin from outside, which knows nothing of this repository."""
 CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
 # Installed first, so that nothing is built in an environment of its own; setuptools is for what has no wheel on PyPI.
 BUILDERS = ("editables", "hatchling", "setuptools")
@@ -43,11 +45,12 @@ def workspace(session: nox.Session) -> None:
     session.install("--no-build-isolation", *CONSTRAINTS, *editable, *TOOLS)
 
 
-def run(session: nox.Session, program: str, *arguments: str | Path) -> None:
+def run(session: nox.Session, program: str, *arguments: str | Path, **environment: str) -> None:
     """Run one of the workspace's programs, on one thread, with the others on its path."""
     programs = session.cache_dir.parent.resolve() / "workspace" / "bin"
     path = os.pathsep.join((str(programs), os.environ["PATH"]))
-    session.run(programs / program, *arguments, env={"PATH": path, "OMP_NUM_THREADS": "1"}, external=True)
+    variables = {"PATH": path, "OMP_NUM_THREADS": "1", **environment}
+    session.run(programs / program, *arguments, env=variables, external=True)
 
 
 def over_workspace(session: nox.Session) -> None:
@@ -63,6 +66,9 @@ def lint(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, "ruff")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    with session.chdir(EXAMPLE):  # as its author would, without this repository's settings
+        session.run("ruff", "check", "--isolated", "--line-length", "120")
+        session.run("ruff", "format", "--check", "--isolated", "--line-length", "120")
 
 
 @nox.session(venv_backend="none", requires=["workspace"])
@@ -95,7 +101,10 @@ def oracles(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["workspace"])
 def package(session: nox.Session) -> None:
-    """Build every wheel, and use each with nothing but what it declares: `nox -s package -- miles-grpo` for one."""
+    """Build every wheel, and use each with nothing but what it declares: `nox -s package -- miles-grpo` for one.
+
+    Without arguments, all of them together too, with the plugin of docs/examples, which trains there.
+    """
     shutil.rmtree(session.create_tmp())
     wheels = Path(session.create_tmp()) / "wheels"
     # pip makes a wheel of each distribution and brings one of everything that they depend on; uv then installs from
@@ -105,13 +114,15 @@ def package(session: nox.Session) -> None:
     names = session.posargs or [member.name for member in MEMBERS]
     for name in names:
         try_wheels(session, wheels, [name])
-    if len(names) == len(MEMBERS):
-        try_wheels(session, wheels, names)
+    if not session.posargs:
+        run(session, "pip", "wheel", "-qq", "--no-build-isolation", "--no-deps", "-w", wheels, f"./{EXAMPLE}")
+        environment = try_wheels(session, wheels, [*names, EXAMPLE.name])
+        run(session, "pytest", "tests/test_third_party.py", MILES_WHEELS=str(environment))
     shutil.rmtree(session.create_tmp())  # gigabytes; left for a look only if something fails
 
 
-def try_wheels(session: nox.Session, wheels: Path, names: list[str]) -> None:
-    """Install `names` into a new environment from `wheels` and import, list and check them there."""
+def try_wheels(session: nox.Session, wheels: Path, names: list[str]) -> Path:
+    """Install `names` into a new environment from `wheels` and import, list and check them there; its folder."""
     environment = Path(session.create_tmp()) / ("all" if len(names) > 1 else names[0])
     run(session, "uv", "venv", "-q", "--clear", environment)
     python = environment / "bin" / "python"
@@ -123,6 +134,7 @@ def try_wheels(session: nox.Session, wheels: Path, names: list[str]) -> None:
     session.run(python, "-I", ROOT / "tests" / "import_all.py", *packages, external=True)
     session.run(environment / "bin" / "miles", "plugins", "list", external=True)
     session.run(environment / "bin" / "miles", "plugins", "check", external=True)
+    return environment.resolve()
 
 
 @nox.session(reuse_venv=True, requires=["workspace"])

@@ -16,7 +16,7 @@ import pluggy
 from miles_core import specs
 from miles_core.errors import nearest
 from miles_core.hooks import DeclarationHooks
-from miles_core.lifecycle import LIFECYCLE, lifecycle_hooks
+from miles_core.lifecycle import LIFECYCLE, lifecycle_hooks, register
 from miles_core.specs import Spec
 
 S = TypeVar("S", bound=Spec)
@@ -28,14 +28,24 @@ class RefusedError(Exception):
 
 def declarations(module: ModuleType) -> Iterator[Spec]:
     """The records of one module, checked. It gets a manager to itself, so provenance needs no bookkeeping."""
-    manager = pluggy.PluginManager("miles")
-    manager.add_hookspecs(DeclarationHooks)
+    manager = _manager()
     _check_module(manager, module)
-    manager.register(module)
+    register(manager, module)
     for hook, kind in declaration_kinds().items():
         caller = getattr(manager.hook, hook)
         if caller.get_hookimpls():
             yield from _records(hook, kind, caller())
+
+
+def deprecations(module: ModuleType) -> list[str]:
+    """What is deprecated of the declaration hooks that a module implements, in words."""
+    return register(_manager(), module)
+
+
+def _manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager("miles")
+    manager.add_hookspecs(DeclarationHooks)
+    return manager
 
 
 def _records(hook: str, kind: type[S], answers: list[Any]) -> Iterator[S]:

@@ -5,6 +5,10 @@ a process, at discovery, and they import nothing heavy. *Objects built for one r
 `DriverHooks`, `TrainerHooks` or `RolloutHooks` ("what just happened?"): called a few times a step, in the order of the
 run file's `callbacks`. A module that implements a lifecycle hook is refused, so installing a package can never change
 a run's numbers.
+
+A hook, or an argument of one, that will go is marked with pluggy's `warn_on_impl` or `warn_on_impl_args`: a
+`DeprecationWarning` whose text names it, says what to implement instead, and with which release it goes. `miles plugins
+list` and `miles plugins check` show that text of every plugin that it concerns.
 """
 
 from __future__ import annotations

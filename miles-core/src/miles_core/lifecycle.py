@@ -7,6 +7,7 @@ in silence what it does not know: a misspelt hook, an argument with a default, a
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -50,6 +51,22 @@ _PLAIN: Mapping[str, Any] = {
 }
 
 
+def register(manager: pluggy.PluginManager, plugin: object) -> list[str]:
+    """Registers, and returns what is deprecated of what the plugin implements, in words: pluggy's warnings.
+
+    They are caught because nobody sees them otherwise, or, under `python -W error`, nobody sees anything else.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        manager.register(plugin)
+    return [str(warning.message) for warning in caught]
+
+
+def deprecations(callback: type) -> list[str]:
+    """What is deprecated of the lifecycle hooks that a callback implements, in words."""
+    return [text for role in LIFECYCLE for text in register(_Lifecycle(role), callback)]
+
+
 def lifecycle(role: Role, objects: Iterable[object]) -> Any:
     """The hooks of one process role, calling the given callbacks in the given order: `lifecycle(...).step_end(...)`.
 
@@ -59,7 +76,7 @@ def lifecycle(role: Role, objects: Iterable[object]) -> Any:
     manager = _Lifecycle(role)
     for item in reversed(list(objects)):  # pluggy calls what was registered last first
         check_callback(type(item))
-        manager.register(item)
+        register(manager, item)
     return manager.hook
 
 

@@ -538,8 +538,8 @@ class ModelFamily(Protocol):
 class RunInfo:
     """What a driver callback and a tracker know of the run.
 
-    steps: of all stages. resumed: the step of the checkpoint that it goes on from; None if it begins, with `miles train`
-    or with a `miles resume` that found no checkpoint.
+    steps: of all stages. resumed: the step of the checkpoint that it goes on from; None if it begins, with
+    `miles train` or with a `miles resume` that found no checkpoint.
     """
 
     name: str

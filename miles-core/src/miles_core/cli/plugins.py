@@ -10,13 +10,14 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from miles_core.cli.console import table
-from miles_core.declarations import declaration_kinds
+from miles_core.declarations import declaration_kinds, deprecations
 from miles_core.errors import PluginError
 from miles_core.hooks import DeclarationHooks
 from miles_core.lifecycle import LIFECYCLE, lifecycle_hooks
@@ -89,6 +90,8 @@ def _offers(catalog: Catalog) -> _Offers:
 def _faults(plugin: Plugin, offers: _Offers) -> list[str]:
     """What is wrong with an active plugin, as far as can be told at once; `check` finds more."""
     faults = [f"imports {', '.join(plugin.heavy)}, so every command waits"] if plugin.heavy else []
+    if plugin.status == "active":
+        faults += [f"deprecated: {text}" for text in deprecations(import_module(plugin.entry))]
     for record in plugin.records:
         others = [name for name in offers[record.kind, record.name] if name != plugin.name]
         if others:
@@ -236,18 +239,18 @@ def _check(plugin: Plugin, *, verbose: bool) -> bool:
     good = True
     click.echo(f"{plugin.name} {plugin.version}")
     for record, verdicts in groupby(checks.check(plugin), key=lambda verdict: verdict.record):
-        for mark, text, faults in _summary(record, verdicts) if record and not verbose else map(_outcome, verdicts):
+        for mark, text, lines in _summary(record, verdicts) if record and not verbose else map(_outcome, verdicts):
             click.echo(f"  {click.style(mark.ljust(4), fg=_MARKS[mark])}  {text}")
-            for fault in faults:
-                click.echo(f"        {fault}")
-            good = good and not faults
+            for line in lines:
+                click.echo(f"        {line}")
+            good = good and mark != "fail"
     return good
 
 
-_MARKS = {"ok": "green", "fail": "red", "skip": "yellow"}
+_MARKS = {"ok": "green", "fail": "red", "skip": "yellow", "warn": "yellow"}
 
 _Outcome = tuple[str, str, tuple[str, ...]]
-"""Mark, text, faults."""
+"""Mark, text, lines below it."""
 
 
 def _outcome(verdict: Verdict) -> _Outcome:
@@ -256,7 +259,9 @@ def _outcome(verdict: Verdict) -> _Outcome:
     text = f"{verdict.record}: {rule}" if verdict.record else rule
     if verdict.skipped:
         return "skip", f"{text}: {verdict.skipped}", ()
-    return ("fail" if verdict.faults else "ok"), text, verdict.faults
+    if verdict.faults:
+        return "fail", text, verdict.faults
+    return "warn" if verdict.warnings else "ok", text, verdict.warnings
 
 
 def _summary(record: str, verdicts: Iterable[Verdict]) -> Iterator[_Outcome]:

@@ -39,16 +39,24 @@ LIMIT_S = 120.0
 _IMPORT_S = 60
 
 
+class Later(str):
+    """A fault that is none yet: it will be one with a later release of Miles."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What came of a rule. record: "loss grpo" for a rule about a component, "" for one about the plugin.
 
-    faults: what is wrong, in words; skipped: why it could not be tried, "" if it could.
+    faults: what is wrong, in words; warnings: what will be wrong with a later release of Miles; skipped: why it could
+    not be tried, "" if it could.
     """
 
     rule: str
     record: str = ""
     faults: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     skipped: str = ""
 
 
@@ -65,7 +73,9 @@ class Case:
         verdict = partial(Verdict, rule=self.rule, record=self.record)
         try:
             with time_limit(LIMIT_S, self.rule.replace("_", " ")):
-                return verdict(faults=tuple(self.faults()))
+                found = tuple(self.faults())
+            later = tuple(fault for fault in found if isinstance(fault, Later))
+            return verdict(faults=tuple(fault for fault in found if fault not in later), warnings=later)
         except (SkippedError, MissingExtraError) as reason:
             return verdict(skipped=str(reason))
         except KeyboardInterrupt:
@@ -339,6 +349,17 @@ def callbacks_have_hooks(plugin: Plugin) -> Iterator[str]:
                 yield f"callback {record.name} runs on {role} but hears none of its hooks"
 
 
+def uses_nothing_deprecated(plugin: Plugin) -> Iterator[str]:
+    """No hook that it implements, and no argument of one, goes with a later release of Miles."""
+    from miles_core import declarations, lifecycle
+
+    found = declarations.deprecations(importlib.import_module(plugin.entry))
+    for record in plugin.records:
+        if isinstance(record, CallbackSpec):
+            found += lifecycle.deprecations(resolve(record.ref))
+    yield from map(Later, dict.fromkeys(found))
+
+
 RULES: tuple[Rule, ...] = (
     loads,
     declares_something,
@@ -350,5 +371,6 @@ RULES: tuple[Rule, ...] = (
     records_travel,
     names_are_free,
     callbacks_have_hooks,
+    uses_nothing_deprecated,
 )
 """All of them, in the order in which they are checked and shown."""

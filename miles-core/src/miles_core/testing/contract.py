@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 from miles_core.plugins import discover
@@ -24,6 +25,8 @@ def contract_tests(plugin: str) -> Callable[[Case], None]:
             pytest.skip(verdict.skipped)
         if verdict.faults:
             pytest.fail("\n".join(verdict.faults), pytrace=False)
+        if verdict.warnings:
+            warnings.warn("\n".join(verdict.warnings), DeprecationWarning, stacklevel=1)
 
     return test_contract
 
