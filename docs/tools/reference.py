@@ -108,7 +108,7 @@ def _plugins_link(plugins: Iterable[str]) -> str:
 def declaration_hooks(_: str = "") -> str:
     """Every declaration hook with its signature, who implements it, and its example."""
     return "\n".join(
-        _hook(hook, vars(DeclarationHooks)[hook], f"Declared by {_plugins_link(_declarers(kind))}.")
+        _hook(hook, vars(DeclarationHooks)[hook], f"Declared by {_plugins_link(_declarers(kind))}.", 2)
         for hook, kind in declaration_kinds().items()
     )
 
@@ -120,7 +120,7 @@ def _declarers(kind: type[Spec]) -> set[str]:
 def lifecycle_hooks_of(role: str) -> str:
     """Every lifecycle hook of a process role."""
     hooks = {name: hook for known in LIFECYCLE if known == role for name, hook in lifecycle_hooks(known).items()}
-    return "\n".join(_hook(hook, function, f"Heard by {_listeners(hook)}.") for hook, function in hooks.items())
+    return "\n".join(_hook(hook, function, f"Heard by {_listeners(hook)}.", 3) for hook, function in hooks.items())
 
 
 def _listeners(hook: str) -> str:
@@ -128,8 +128,8 @@ def _listeners(hook: str) -> str:
     return ", ".join(map(_component, found)) or "no callback of this repository"
 
 
-def _hook(name: str, function: Any, remark: str) -> str:
-    parts = [f"## {name}\n", code(signature(function)), linked(prose(function.__doc__)), f"{remark}\n"]
+def _hook(name: str, function: Any, remark: str, level: int) -> str:
+    parts = [f"{'#' * level} {name}\n", code(signature(function)), linked(prose(function.__doc__)), f"{remark}\n"]
     return "\n".join([*parts, *_example(name)])
 
 
@@ -344,6 +344,10 @@ def _options_table(cls: type, folder: str = REFERENCE) -> str:
 # ---- Commands -------------------------------------------------------------------------------------------------------
 
 
+WIDTH = 88
+"""Characters of a line of help."""
+
+
 def command_help(path: str) -> str:
     """What `miles PATH --help` prints."""
     command, context = _command(path.split())
@@ -353,7 +357,7 @@ def command_help(path: str) -> str:
 
 def _command(path: list[str]) -> tuple[click.Command, click.Context]:
     command: click.Command = cli
-    context = click.Context(command, info_name="miles", terminal_width=88, max_content_width=88)
+    context = click.Context(command, info_name="miles", terminal_width=WIDTH, **cli.context_settings)
     for name in path:
         assert isinstance(command, click.Group)
         found = command.get_command(context, name)
@@ -455,7 +459,7 @@ def _record(record: Spec) -> str:
         return "\n".join([*parts, _recipe(record)])
     if isinstance(record, CommandSpec):
         command = resolve(record.ref)
-        context = click.Context(command, info_name=f"miles {record.name}", terminal_width=88)
+        context = click.Context(command, info_name=f"miles {record.name}", terminal_width=WIDTH)
         parts.append(code(f"$ miles {record.name} --help\n{command.get_help(context)}", "console"))
         return "\n".join(parts)
     found = options_of(record)
