@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ def plain(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole. Needs a process group."""
     from megatron.core import dist_checkpointing
 
-    tensors: dict[str, torch.Tensor] = dist_checkpointing.load_plain_tensors(str(folder / "trainer" / "dist"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors: dict[str, torch.Tensor] = dist_checkpointing.load_plain_tensors(str(folder / "trainer" / "dist"))
     return tensors
 
 

@@ -61,8 +61,7 @@ def on_two_ranks(rank: int) -> list[list[torch.Tensor]]:
 def test_values_and_gradients_are_those_of_log_softmax(
     temperature: float, limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "KEEP_LIMIT", limits[0])
-    monkeypatch.setattr(head, "CHUNK", limits[1])
+    monkeypatch.setitem(head.LIMITS, "cpu", head.Limits(*limits))
     for own, reference in zip(computed(temperature), expected(temperature), strict=True):
         torch.testing.assert_close(own, reference, rtol=1e-5, atol=1e-5)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values, merge
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -56,9 +56,44 @@ def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
     }
 
 
-def with_optimizer(state: dict[str, Any], optimizer: Any, *, loading: bool) -> dict[str, Any]:
-    """A model's state with that of its optimizer."""
-    return {**state, "optimizer": optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata())}
+def optimizer_state(optimizer: Any, state: dict[str, Any], *, loading: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The optimizer's part: what is sharded, which is stored, and the rest, which says how optimizers are arranged and
+    so depends on the layout. state: of the model."""
+    whole = optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata())
+    sharded, rest = extract_matching_values(whole, lambda value: isinstance(value, ShardedBase))
+    return {"optimizer": sharded}, rest
+
+
+def steps_taken(rest: Any) -> int:
+    """Adam's count, from the optimizer's state that is not sharded; 0 if it has not stepped."""
+    for groups in _param_groups(rest):
+        common = groups.get("state", {}).get("common_step")
+        counts = [group["step"] for group in groups["param_groups"] if "step" in group]
+        for count in [common, *counts]:
+            if count is not None:
+                return int(count)
+    return 0
+
+
+def put_optimizer(optimizer: Any, sharded: Any, rest: Any, steps: int) -> None:
+    """Loads sharded state into an optimizer whose arrangement is `rest`."""
+    for groups in _param_groups(rest):
+        for group in groups["param_groups"]:
+            group["step"] = steps
+        if not optimizer.config.use_distributed_optimizer and steps:
+            groups.setdefault("state", {})["common_step"] = torch.tensor(float(steps))
+    merge(rest, sharded)
+    optimizer.load_state_dict(rest)
+
+
+def _param_groups(rest: Any) -> Iterator[dict[str, Any]]:
+    """Every part that holds parameter groups, one for each of the optimizers."""
+    if not isinstance(rest, dict):
+        return
+    if "param_groups" in rest:
+        yield rest
+    for part in rest.values():
+        yield from _param_groups(part)
 
 
 def reference_state(chunks: Sequence[nn.Module], tensors: Mapping[int, Tensor]) -> dict[str, Any]:

@@ -158,21 +158,21 @@ class Passes:
 
     def _task(self, batch: Batch, micro: MicroBatch, rank: int) -> Task:
         indices = row(batch, micro, self.cut, rank)
-        return Task(micro, indices, torch.from_numpy(indices.segments).to(self.device))
+        return Task(micro, indices, self.move(indices.segments))
 
     def _forward(self, task: Task, chunk: nn.Module, head: Head) -> Tensor:
         output: Tensor = chunk(
-            input_ids=self._move(task.row.tokens)[None],
-            position_ids=self._move(task.row.positions)[None],
+            input_ids=self.move(task.row.tokens)[None],
+            position_ids=self.move(task.row.positions)[None],
             attention_mask=None,
             packed_seq_params=self._packed(task.row),
             output_processor=_last_stage,
-            output_processor_context=(head, self._move(task.row.sources), self._move(task.row.targets)),
+            output_processor_context=(head, self.move(task.row.sources), self.move(task.row.targets)),
         )
         return output
 
     def _packed(self, indices: Row) -> PackedSeqParams:
-        bounds = self._move(indices.bounds.astype(np.int32))
+        bounds = self.move(indices.bounds.astype(np.int32))
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=bounds,
@@ -181,8 +181,10 @@ class Passes:
             max_seqlen_kv=indices.longest,
         )
 
-    def _move(self, index: Any) -> Tensor:
-        return torch.from_numpy(index).to(self.device)
+    def move(self, values: Any) -> Tensor:
+        """A numpy array on this rank's device, without waiting for what that computes."""
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
 def _no_tokens() -> Tensor:

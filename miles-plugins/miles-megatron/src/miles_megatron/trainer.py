@@ -33,6 +33,7 @@ from miles_core.run.mismatch import mismatch
 from miles_core.sample import Batch
 from miles_megatron import checkpoint, families, model, pretrained, schedule, settings
 from miles_megatron.layout import Layout
+from miles_megatron.offload import Offload
 from miles_megatron.options import TrainerOptions
 from miles_megatron.packing import MicroBatch, pieces, plan
 from miles_megatron.passes import Head, Passes, Task, on_last_stage, over_context, reduced
@@ -50,6 +51,7 @@ class MegatronTrainer:
     def __init__(self, options: TrainerOptions, context: TrainerContext) -> None:
         self.options, self.context = options, context
         self._optimizer: Any = None
+        self._offload = Offload()
 
     # ---- Life ------------------------------------------------------------------------------------------------
 
@@ -117,9 +119,20 @@ class MegatronTrainer:
 
     def sleep(self) -> None:
         """Gives the GPU memory back; everything waits in host memory."""
+        if self._device.type == "cpu":
+            return
+        self._put_aside()
+        torch.cuda.empty_cache()
+
+    def _put_aside(self) -> None:
+        """Weights, gradients, which are zero between steps, and the optimizer's state."""
+        buffers = [b for chunk in self._chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        self._offload.put([buffer.grad_data for buffer in buffers], content=False)
+        self._offload.put([*_module_tensors(self._chunks), *_optimizer_tensors(self._optimizer)])
 
     def wake(self) -> None:
         """The opposite of `sleep`."""
+        self._offload.take()
 
     def stop(self) -> None:
         """Leaves the process groups."""
@@ -230,12 +243,12 @@ class MegatronTrainer:
     def _forward_backward(self, batch: Batch, samples: Sequence[int], *, first: bool) -> dict[str, Any]:
         """Metrics on every rank, with a `fault` if the loss is not finite."""
         sums = Sums(self._device, parallel_state.get_data_parallel_group(with_context_parallel=True))
-        bad: list[str] = []
+        given: list[tuple[Task, Tensor, Tensor]] = []  # looked at only if something is wrong: to look is to wait
 
         def objective(task: Task, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
             value, losses = self._objective(batch, task, logprobs, entropy, sums, first=first)
-            if not task.micro.dummy and not torch.isfinite(value):
-                bad.append(_first_not_finite(batch, task, logprobs.detach(), losses.detach()))
+            if not task.micro.dummy:
+                given.append((task, logprobs.detach(), losses.detach()))
             return value
 
         for chunk in self._chunks:
@@ -247,13 +260,13 @@ class MegatronTrainer:
         found: dict[str, Any] = report(sums.reduce()) if on_last_stage() else {}
         found = reduced(found)
         if not math.isfinite(found["loss"]):
-            found["fault"] = self._fault(bad)
+            found["fault"] = self._fault([_first_not_finite(batch, *each) for each in given])
         return found
 
     def _fault(self, bad: Sequence[str]) -> str:
         """What to say of a loss that is not finite. A collective."""
         found: list[str | None] = [None] * self.context.world_size
-        dist.all_gather_object(found, bad[0] if bad else None)
+        dist.all_gather_object(found, next(filter(None, bad), None))
         where = next(filter(None, found), "the weights times the losses overflow")
         return f"{where}; the loss is not finite and the step was not taken."
 
@@ -279,7 +292,7 @@ class MegatronTrainer:
             observed["entropy"] = entropy
         if first:
             rollout = self._column(batch, "rollout_logprobs", task)
-            made = torch.from_numpy(batch["versions"][task.row.rows] >= 0).to(self._device)
+            made = self._passes.move(np.flatnonzero(batch["versions"][task.row.rows] >= 0))
             observed |= mismatch(logprobs.detach()[made], rollout[made])
         for name, values in observed.items():
             sums.add(name, values, count=not task.micro.dummy)
@@ -298,7 +311,7 @@ class MegatronTrainer:
         return Head(self._model.gpt["vocab_size"], batch.temperature or 1.0, entropy)
 
     def _column(self, batch: Batch, name: str, task: Task) -> Tensor:
-        return torch.from_numpy(batch[name][task.row.rows].astype(np.float32)).to(self._device)
+        return self._passes.move(batch[name][task.row.rows].astype(np.float32))
 
     # ---- Weights ---------------------------------------------------------------------------------------------
 
@@ -312,18 +325,20 @@ class MegatronTrainer:
 
     def save(self, folder: Path) -> None:
         """Everything that `restore` needs; see `miles_megatron.checkpoint` for the files."""
-        state = checkpoint.with_optimizer(checkpoint.model_state(self._chunks), self._optimizer, loading=False)
-        checkpoint.write({**state, **self._reference_state()}, folder / "dist")
-        steps = self._scheduler.num_steps
-        checkpoint.write_record(folder, {"stage": self._stage.name, "optimizer_steps": steps})
+        state = checkpoint.model_state(self._chunks)
+        sharded, rest = checkpoint.optimizer_state(self._optimizer, state, loading=False)
+        checkpoint.write({**state, **sharded, **self._reference_state()}, folder / "dist")
+        counts = {"optimizer_steps": self._scheduler.num_steps, "steps_taken": checkpoint.steps_taken(rest)}
+        checkpoint.write_record(folder, {"stage": self._stage.name, **counts})
 
     def restore(self, folder: Path) -> None:
         """The opposite of `save`, under any layout, after `begin`. Raises `UserError` if it does not fit."""
         record = checkpoint.read_record(folder, self._stage.name)
-        state = checkpoint.with_optimizer(checkpoint.model_state(self._chunks), self._optimizer, loading=True)
-        loaded = checkpoint.read({**state, **self._reference_state()}, folder / "dist")
+        state = checkpoint.model_state(self._chunks)
+        sharded, rest = checkpoint.optimizer_state(self._optimizer, state, loading=True)
+        loaded = checkpoint.read({**state, **sharded, **self._reference_state()}, folder / "dist")
         checkpoint.put_model(self._chunks, loaded)
-        self._optimizer.load_state_dict(loaded["optimizer"])
+        checkpoint.put_optimizer(self._optimizer, loaded["optimizer"], rest, int(record["steps_taken"]))
         self._scheduler.num_steps = 0
         self._scheduler.step(int(record["optimizer_steps"]))
 
@@ -341,6 +356,21 @@ class MegatronTrainer:
                 pass
         else:
             pretrained.write(folder, self.context.model, self._exporter.layout(), tensors)
+
+
+def _module_tensors(chunks: Sequence[nn.Module]) -> Iterator[Tensor]:
+    for chunk in chunks:
+        yield from (parameter.data for parameter in chunk.parameters())
+        yield from nn.Module.buffers(chunk)
+
+
+def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
+    """Of all the optimizers that it is made of; none before a stage."""
+    for part in getattr(optimizer, "chained_optimizers", [] if optimizer is None else [optimizer]):
+        for group in part.optimizer.param_groups if getattr(part, "optimizer", None) is not None else ():
+            yield from (parameter.data for parameter in group["params"])
+        states = part.optimizer.state.values() if getattr(part, "optimizer", None) is not None else ()
+        yield from (tensor for state in states for tensor in state.values() if isinstance(tensor, Tensor))
 
 
 def _minibatches(batch: Batch) -> list[list[int]]:
