@@ -30,7 +30,7 @@ CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
 BUILDERS = ("editables", "hatchling", "setuptools")
 EXTRAS = {"miles-trackers": "[mlflow,tensorboard,wandb]"}
 """What is tested of a distribution beyond what it needs."""
-# megatron-core 0.19 declares Python 3.12, but its wheel for 3.11 works. What ignores that holds for a whole call of pip.
+# megatron-core 0.19 declares Python 3.12, but its wheel for 3.11 works; so it needs a call of its own.
 UNDECLARED = ("megatron-core", "psutil")
 TOOLS = ("hypothesis", "mkdocs-material", "mypy", "nox", "pytest", "pytest-timeout", "ruff", "uv")
 
