@@ -46,5 +46,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """The parts that a page asks for."""
+    """The parts that a page asks for; the README of an example is followed by the example's files."""
+    if page.file.src_uri.startswith("examples/"):
+        assert page.file.abs_src_path is not None
+        markdown += reference.package_files(Path(page.file.abs_src_path).parent)
     return _MARK.sub(lambda mark: reference.PARTS[mark[1]](mark[2]), markdown)

@@ -135,10 +135,22 @@ def _hook(name: str, function: Any, remark: str, level: int) -> str:
 
 def _example(hook: str) -> Iterator[str]:
     """The files of a hook's example; tests load it as a plugin and use it."""
-    languages = {".py": "python", ".toml": "toml"}
-    for file in sorted(path for path in (EXAMPLES / hook).rglob("*") if path.suffix in languages):
-        title = file.relative_to(EXAMPLES / hook).as_posix()
-        yield code(file.read_text(encoding="utf-8"), languages[file.suffix], title)
+    yield from _files(EXAMPLES / hook)
+
+
+_LANGUAGES = {".jsonl": "json", ".py": "python", ".toml": "toml"}
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """The text of each file below a folder, under its name."""
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in _LANGUAGES):
+        title = file.relative_to(folder).as_posix()
+        yield code(file.read_text(encoding="utf-8"), _LANGUAGES[file.suffix], title)
+
+
+def package_files(folder: Path) -> str:
+    """What an example that is a package has, below its README."""
+    return "\n".join(["", "## Its files", "", *_files(folder)])
 
 
 # ---- Records and interfaces -----------------------------------------------------------------------------------------
