@@ -49,21 +49,23 @@ def train(
     monkeypatch.setattr(ray, "put", lambda value: value)
     monkeypatch.setattr(members._Process, "_enter", lambda self: None)
     asyncio.run(driver.drive(plan, model, None, _Silence()))  # type: ignore[arg-type]
-    return [metrics for _, metrics in read_metrics(plan.folder) if "loss" in metrics]
+    return [metrics for _, metrics in read_metrics(plan.folder) if "stage" in metrics]
 
 
 class _Actor:
     """A member as Ray's handle would show it: `actor.method.remote(*args)` is awaited."""
 
     def __init__(self, member: Any, starting: asyncio.Lock) -> None:
-        self._member, self._starting = member, starting
+        self._member, self._starting, self._turn = member, starting, asyncio.Lock()
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._member, name)
 
         async def called(*args: Any) -> Any:
-            awaited = inspect.iscoroutinefunction(method)
-            return await (method(*args) if awaited else asyncio.to_thread(method, *args))
+            if inspect.iscoroutinefunction(method):
+                return await method(*args)
+            async with self._turn:  # a member does one thing after another, in the order of the calls
+                return await asyncio.to_thread(method, *args)
 
         async def remote(*args: Any) -> Any:
             if name != "start":

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from miles_core import AdvantageSpec, LossSpec, hookimpl
+from miles_core import AdvantageSpec, LossSpec, RecipeSpec, hookimpl
 
 
 @hookimpl
@@ -41,4 +41,15 @@ def miles_losses() -> Iterable[LossSpec]:
         trains="critic",
         needs=frozenset({"returns", "values"}),
         summary="Clipped squared error of the critic",
+    )
+
+
+@hookimpl
+def miles_recipes() -> Iterable[RecipeSpec]:
+    """A run file that needs nothing but a laptop."""
+    yield RecipeSpec(
+        name="arithmetic-ppo",
+        ref="miles_ppo:recipes/arithmetic-ppo.toml",
+        requires=("miles-grpo", "miles-torch", "miles-sft", "miles-rewards", "miles-qwen", "miles-trackers"),
+        summary="arithmetic by PPO: a critic beside the policy",
     )
