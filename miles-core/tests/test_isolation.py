@@ -105,6 +105,32 @@ def test_list_as_json_has_the_same(hostile: Any) -> None:
     assert entries["acme-good"]["faults"] == []
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [None, "", "Metadata-Version: 2.1\nVersion: 1.0\n", "Metadata-Version: 2.1\nName: acme-bare\n", "\xff\xfe"],
+    ids=["no file", "empty", "no name", "no version", "not text"],
+)
+def test_a_plugin_whose_wheel_lacks_metadata_is_named_with_what_to_do(site: Any, metadata: str | None) -> None:
+    site.install("acme-bare", FILTER.format(name="bare", ref="acme_part:Part"))
+    site.install("acme-good", FILTER.format(name="good", ref="acme_part:Part"), acme_part="Part = object")
+    path = site.folder / "acme_bare-1.0.dist-info" / "METADATA"
+    if metadata is None:
+        path.unlink()
+    else:
+        path.write_bytes(metadata.encode("latin-1"))
+    done = site.run("plugins", "list")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert " failed " in lines["acme-bare"]
+    assert "its metadata cannot be read" in lines["acme-bare"]
+    assert lines["acme-bare"].endswith("install it again")
+    assert " active " in lines["acme-good"]
+    checked = site.run("plugins", "check", "acme-bare")
+    assert checked.returncode == 1
+    assert "its metadata cannot be read" in checked.stdout
+
+
 RUN = """
 folder = "{folder}"
 [schedule]

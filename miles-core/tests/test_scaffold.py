@@ -141,7 +141,37 @@ def test_an_empty_folder_may_be_there_already(tmp_path: Path) -> None:
     assert new_plugin("acme-new", "reward", tmp_path)
 
 
-def test_the_command_line_shows_refusals_and_exits_with_2(site: Any) -> None:
-    done = site.run("plugins", "new", "miles-core", "--kind", "reward")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["miles-core", "--kind", "reward"], "miles-core 0.1.0 is installed already; choose another name"),
+        (["acme-there", "--kind", "reward"], "acme-there 1.0 is installed already; choose another name"),
+        (["Acme_New", "--kind", "reward"], "'Acme_New' is no name for a plugin: it must begin with a letter"),
+        (["../acme-new", "--kind", "reward"], "'../acme-new' is no name for a plugin: it must begin with a letter"),
+        (["acme-new", "--kind", "rewards"], "there is no kind 'rewards'. Did you mean 'reward'"),
+        (["acme-new", "--kind", "reward", "--folder", "acme-full"], "acme-full is not empty; nothing was written."),
+        (["acme-full", "--kind", "reward"], "acme-full is not empty; nothing was written."),
+        (["acme-new", "--kind", "reward", "--folder", "acme-full/mine.txt"], "acme-full/mine.txt is a file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_command_line_refuses_with_2_and_touches_nothing(
+    site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    site.install("acme-there")
+    (tmp_path / "work/acme-full").mkdir(parents=True)
+    (tmp_path / "work/acme-full/mine.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / "work")
+    done = site.run("plugins", "new", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "Error: miles-core 0.1.0 is installed already; choose another name\n"
+    assert done.stderr.startswith(f"Error: {message}")
+    assert "Traceback" not in done.stderr
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if "site" not in path.parts}
+    assert left == {"work", "work/acme-full", "work/acme-full/mine.txt"}
+    assert (tmp_path / "work/acme-full/mine.txt").read_text() == "mine"
+
+
+def test_the_kind_must_be_given(site: Any) -> None:
+    done = site.run("plugins", "new", "acme-new")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--kind" in done.stderr

@@ -263,6 +263,9 @@ class _Found:
     def read(cls, distribution: Distribution) -> _Found:
         entries = [point.value for point in distribution.entry_points if point.group == GROUP]
         metadata = distribution.metadata  # parsed anew at every access
+        for field in ("Name", "Version"):
+            if field not in metadata:
+                raise ValueError(f"it has no {field}")
         dependencies = metadata.get_all("Requires-Dist") or distribution.requires or ()  # the latter reads egg-info too
         requirements = [text for text in dependencies if _requires_core(text)]
         return cls(
