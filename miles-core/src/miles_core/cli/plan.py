@@ -81,7 +81,7 @@ def _memory(processes: Processes, unknown: str) -> tuple[str, str]:
 
     if processes.name in ("driver", "collector"):
         return "", "no model"
-    if unknown:
+    if unknown or not processes.memory:
         return "unknown", unknown
     parts = "; ".join(f"{what} {readable(size)}" for what, size in processes.memory.items())
     return readable(sum(processes.memory.values())), parts

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import ray
 
 from miles_core.cluster.engine_pool import EnginePool
@@ -31,6 +32,7 @@ from miles_core.errors import RunError, UserError, explained
 from miles_core.lifecycle import Role, lifecycle
 from miles_core.plugins import load_exact, resolve
 from miles_core.roles import BucketLayout, EngineContext, PauseMode, TrainerContext
+from miles_core.run import teaching
 from miles_core.run.collector import Collected, Collector
 from miles_core.run.objective import critic_stage, train_stage
 from miles_core.sample import Batch, Completion, Request
@@ -309,6 +311,10 @@ class EngineMember(_Process):
             self.finished.extend((name, reason) for name in left)
             self.news.set()
 
+    async def abort(self, ids: Sequence[str]) -> None:
+        """Ends requests that nobody waits for any more."""
+        await self.engine.abort(ids)
+
     async def take(self, patience_s: float) -> tuple[list[Finished], float]:
         """What has finished since the last call, after waiting up to `patience_s` for something; and the seconds that
         the engine has computed in all."""
@@ -323,6 +329,51 @@ class EngineMember(_Process):
         """Ends what it has started."""
         if self.receiver is not None:
             self.receiver.close()
+        if self.engine is not None:
+            await self.engine.stop()
+
+
+class TeacherMember(_Process):
+    """One of the engines that serve the teacher. It scores its share of each batch."""
+
+    def __init__(self, name: str, log: Path, plan: Plan, index: int, model: Path, vocabulary: int | None) -> None:
+        super().__init__(name, log, plan)
+        assert plan.teacher is not None
+        self.teacher = plan.teacher
+        self.index, self.model, self.vocabulary = index, model, vocabulary
+        self.engine: Any = None
+
+    async def enter(self) -> None:
+        """Prepares the process and imports the engine."""
+        self._enter()
+        self._build = resolve(self.teacher.engine.spec.ref)
+
+    async def start(self) -> None:
+        """Builds the engine and brings it up, with the weights of the teacher's folder. Callbacks do not hear of it."""
+        section = self.teacher.engine_section
+        context = EngineContext(
+            model=self.model,
+            index=self.index,
+            gpus=section.gpus,
+            threads=section.threads,
+            dtype=self.teacher.section.dtype,
+            max_tokens=self.plan.model.max_tokens,
+            seed=self.plan.seed,
+            folder=self.log.parent,
+            frozen=True,
+        )
+        self.engine = self._build(self.teacher.engine.options, context)
+        await self.engine.start()
+
+    async def score(self, batch: Batch, top_k: int) -> dict[str, Any]:
+        """References to the teacher's columns of this member's share of the tokens."""
+        share = teaching.shares(batch, self.teacher.engine_section.count)[self.index]
+        scores = await self.engine.score(teaching.score_requests(batch, share, top_k))
+        columns = teaching.columns(batch, share, scores, top_k, self.vocabulary)
+        return {name: ray.put(column) for name, column in columns.items()}
+
+    async def close(self) -> None:
+        """Ends what it has started."""
         if self.engine is not None:
             await self.engine.stop()
 
@@ -371,10 +422,13 @@ class CollectorMember(_Process):
         return None if collected is None else (ray.put(collected.batch), collected.without_batch())
 
     async def finish(self, batch: Batch, names: Sequence[str], *columns: Any) -> tuple[Any, dict[str, float]]:
-        """The batch with the trainer's columns, its advantages and its weights."""
-        finished, metrics = await asyncio.to_thread(
-            self.collector.finish, batch, dict(zip(names, columns, strict=True))
-        )
+        """The batch with the columns of the trainer and others, its advantages and its weights. Columns of one name
+        stand end to end."""
+        parts: dict[str, list[Any]] = {}
+        for name, part in zip(names, columns, strict=True):
+            parts.setdefault(name, []).append(part)
+        joined = {name: found[0] if len(found) == 1 else np.concatenate(found) for name, found in parts.items()}
+        finished, metrics = await asyncio.to_thread(self.collector.finish, batch, joined)
         return ray.put(finished), metrics
 
     async def evaluate(self, step: int, patience_s: float) -> dict[str, float] | None:

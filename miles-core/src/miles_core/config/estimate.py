@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from miles_core.config.model import architectures, find_family, load_family, read_config
-from miles_core.config.schema import Plan, Stage
+from miles_core.config.schema import ModelSection, Plan, Stage, Teacher
+from miles_core.config.teacher import teacher_config
 from miles_core.config.traits import stage_columns
 from miles_core.plugins import Catalog
 from miles_core.specs import RolloutSpec
@@ -52,7 +53,7 @@ class Estimate:
 def estimate(plan: Plan, catalog: Catalog) -> Estimate:
     """The processes of a plan and the memory that the model takes in them."""
     config = read_config(plan.model, plan.origins, catalog)
-    parameters, unknown = _parameters(plan, config, catalog)
+    parameters, unknown = _parameters(plan.model, config, catalog)
     processes = [Processes(name="driver", memory={}), Processes(name="collector", memory={})]
     if plan.engine_section is not None:
         engine = plan.engine_section
@@ -76,14 +77,26 @@ def estimate(plan: Plan, catalog: Catalog) -> Estimate:
         processes.append(
             Processes(name="critic rank", count=critic.world_size, gpus=gpus, threads=critic.threads, memory=memory)
         )
+    if plan.teacher is not None:
+        processes.append(_teacher(plan, plan.teacher, catalog))
     return Estimate(processes=tuple(processes), parameters=parameters, unknown=unknown)
 
 
-def _parameters(plan: Plan, config: Mapping[str, Any] | None, catalog: Catalog) -> tuple[int | None, str]:
+def _teacher(plan: Plan, teacher: Teacher, catalog: Catalog) -> Processes:
+    """The teacher's engines, which hold its weights and keep no keys and values."""
+    engine, config = teacher.engine_section, teacher_config(teacher, plan.origins)
+    model = ModelSection(path=teacher.section.path)
+    parameters, _ = _parameters(model, config, catalog)
+    size = _DTYPES[teacher.section.dtype]
+    memory = {"weights": math.ceil(size * parameters / max(engine.gpus, 1))} if parameters else {}
+    return Processes(name="teacher", count=engine.count, gpus=engine.gpus, threads=engine.threads, memory=memory)
+
+
+def _parameters(model: ModelSection, config: Mapping[str, Any] | None, catalog: Catalog) -> tuple[int | None, str]:
     """The number of parameters, or why it is unknown."""
     if config is None:
-        return None, f"{plan.model.path} is not on this machine yet"
-    family = find_family(plan.model, config, catalog)
+        return None, f"{model.path} is not on this machine yet"
+    family = find_family(model, config, catalog)
     if family is None:
         names = ", ".join(sorted(architectures(config))) or "a config.json without architectures"
         return None, f"no installed model plugin covers {names}"

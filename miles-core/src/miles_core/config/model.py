@@ -32,13 +32,18 @@ def read_config(model: ModelSection, origins: Mapping[str, str], catalog: Catalo
     if model.family is not None:
         return _fresh_config(model, model.family, origins, catalog)
     assert model.path is not None
-    where = origins["model.path"]
-    folder = Path(model.path).expanduser()
+    return folder_config(model.path, "model.path", origins["model.path"])
+
+
+def folder_config(path: str, key: str, where: str) -> dict[str, Any] | None:
+    """The config.json of a model folder or hub name, which the run file says as `key` at `where`; None for a hub model
+    that this machine has not downloaded. Raises `UserError`."""
+    folder = Path(path).expanduser()
     if folder.is_dir():
         return _folder_config(folder, where)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model.path):
-        raise UserError(f"{where}: model.path {model.path!r} is no folder, and no hub name such as Qwen/Qwen3-0.6B")
-    cached = _cached_config(model.path)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
+        raise UserError(f"{where}: {key} {path!r} is no folder, and no hub name such as Qwen/Qwen3-0.6B")
+    cached = _cached_config(path)
     return None if cached is None else _read_json(cached, where)
 
 

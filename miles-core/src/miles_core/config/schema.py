@@ -37,7 +37,8 @@ class Schedule:
     steps: how often a batch is generated and trained on. prompts_per_step, samples_per_prompt: their product is the
     samples of a batch. updates_per_batch: passes over a batch. minibatches: optimizer steps of one pass, of about
     equally many samples. max_staleness: how many weight versions a sample may lag behind when it is trained: 0 is
-    synchronous, 1 one step ahead, k fully asynchronous.
+    synchronous, 1 one step ahead, k fully asynchronous. over_sample: prompts begun beyond those that are needed, so
+    that a batch is made of the first that are done; see `miles_core.run.collector`.
     """
 
     steps: int
@@ -46,6 +47,7 @@ class Schedule:
     updates_per_batch: int = 1
     minibatches: int = 1
     max_staleness: int = 0
+    over_sample: int = 0
 
     def __post_init__(self) -> None:
         _positive(
@@ -56,7 +58,7 @@ class Schedule:
             updates_per_batch=self.updates_per_batch,
             minibatches=self.minibatches,
         )
-        _not_negative("schedule", max_staleness=self.max_staleness)
+        _not_negative("schedule", max_staleness=self.max_staleness, over_sample=self.over_sample)
         if self.minibatches > self.prompts_per_step * self.samples_per_prompt:
             raise ValueError(f"schedule.minibatches ({self.minibatches}) exceeds the samples of a step")
 
@@ -112,6 +114,22 @@ class LossSection:
             raise ValueError('loss.aggregation_length goes with loss.aggregation = "constant", and only with it')
         if self.aggregation_length is not None:
             _positive("loss", aggregation_length=self.aggregation_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLSection:
+    """`[kl]`: target: the KL divergence to the reference that the `kl_coef` of the advantage or the loss is adapted to,
+    in nats; None leaves it as it is. per: of a whole "sequence" or a "token". horizon: samples over which the
+    coefficient about follows a lasting error; see `miles_core.run.kl`."""
+
+    target: float | None = None
+    per: Literal["sequence", "token"] = "sequence"
+    horizon: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.target is not None and self.target <= 0:
+            raise ValueError(f"kl.target must be positive, got {self.target}")
+        _positive("kl", horizon=self.horizon)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +214,16 @@ class CriticSection:
     def shares(self) -> bool:
         """Whether it is on the policy's ranks."""
         return self.world_size == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSection:
+    """`[teacher]`: a model that the policy learns from, which says how likely it finds the policy's tokens. path: a
+    Hugging Face folder or hub name, with weights and with the policy's tokenizer. dtype: what it computes in.
+    engine: what serves it, a section like `[engine]`."""
+
+    path: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 SECTIONS: Mapping[str, type[Any]] = {
@@ -287,6 +315,15 @@ class Component:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The run's teacher, and the engines that serve it."""
+
+    section: TeacherSection
+    engine: Component
+    engine_section: EngineSection
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageCritic:
     """The critic in a stage. trainer: the one that trains it, with this stage's options; loss: what it is trained with;
     warmup_steps: of the stage, in which it learns alone."""
@@ -319,6 +356,7 @@ class Stage:
     trainer: Component
     corrections: tuple[Component, ...] = ()
     critic: StageCritic | None = None
+    kl: KLSection = field(default_factory=KLSection)
 
     @property
     def last_step(self) -> int:
@@ -364,6 +402,7 @@ class Plan:
     directory: Path = field(default_factory=Path.cwd)
     critic: Component | None = None
     critic_section: CriticSection | None = None
+    teacher: Teacher | None = None
 
     @property
     def steps(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from miles_core.config.model import architectures
 from miles_core.config.schema import Component, Plan, Stage
@@ -28,6 +28,9 @@ from miles_core.specs import (
 
 ALWAYS = frozenset({"tokens", "mask", "rollout_logprobs", "versions", "weights"})
 """Token columns that every batch has."""
+
+TEACHER = frozenset({"teacher_logprobs", "teacher_top_tokens", "teacher_top_logprobs"})
+"""Token columns that a teacher gives."""
 
 _MODEL = ("model.max_tokens", "model.path", "model.family")
 
@@ -63,12 +66,43 @@ def stage_columns(stage: Stage) -> frozenset[str]:
 
 def reads_advantage(readers: Iterable[Component], trainer: Component) -> bool:
     """Whether a loss and its corrections need more than a batch has without an advantage."""
-    return not frozenset().union(*map(needed_columns, readers)) <= ALWAYS | _trainer_spec(trainer).gives
+    return not frozenset().union(*map(needed_columns, readers)) <= ALWAYS | TEACHER | _trainer_spec(trainer).gives
+
+
+def reads_rewards(advantage: Component) -> bool:
+    """Whether an advantage reads rewards with the options it has."""
+    assert isinstance(advantage.spec, AdvantageSpec)
+    option = advantage.spec.rewards_if
+    return option is None or bool(operator.attrgetter(option)(advantage.options))
+
+
+def top_k(stage: Stage) -> int:
+    """How many of the teacher's likeliest tokens the stage's loss reads; 0 if it reads none."""
+    option = _loss_spec(stage.loss).top_k
+    return 0 if option is None else int(operator.attrgetter(option)(stage.loss.options))
 
 
 def reads_values(advantage: Component) -> bool:
     """Whether an advantage needs a critic."""
     return "values" in needed_columns(advantage)
+
+
+KLWeight = tuple[Literal["advantage", "loss"], str]
+"""Which of the two weighs the KL divergence to the reference, and by which option."""
+
+
+def kl_weights(stage: Stage) -> list[KLWeight]:
+    """What weighs the KL divergence to the reference in a stage."""
+    places: list[tuple[Literal["advantage", "loss"], Component]] = [("loss", stage.loss)]
+    if stage.advantage is not None:
+        places.insert(0, ("advantage", stage.advantage))
+    found: list[KLWeight] = []
+    for where, component in places:
+        assert isinstance(component.spec, (AdvantageSpec, LossSpec))
+        option = component.spec.kl_coef
+        if option is not None and getattr(component.options, option):
+            found.append((where, option))
+    return found
 
 
 def generates(rollout: Component) -> bool:
@@ -89,6 +123,7 @@ def check(plan: Plan, config: Mapping[str, Any] | None, family: Entry[ModelSpec]
         _check_rewards(plan, stage)
         _check_lengths(plan, stage)
     _check_critic(plan, catalog)
+    _check_kl(plan)
     _check_evaluation(plan)
     _check_devices(plan)
     _check_publish(plan)
@@ -184,7 +219,8 @@ def reading_values(catalog: Catalog) -> str:
 
 def _check_columns(plan: Plan, stage: Stage, catalog: Catalog) -> None:
     trainer = _trainer_spec(stage.trainer)
-    given = ALWAYS | trainer.gives | ({"values"} if plan.critic else set())
+    given = ALWAYS | trainer.gives | ({"values"} if plan.critic else set()) | (TEACHER if plan.teacher else set())
+    _check_taught(plan, stage, catalog)
     givers = f"trainer {trainer.name!r} gives {_listed(trainer.gives)}"
     read = [("loss", stage.loss), *((f"corrections.{place}", each) for place, each in enumerate(stage.corrections))]
     if stage.critic is not None:
@@ -202,6 +238,30 @@ def _check_columns(plan: Plan, stage: Stage, catalog: Catalog) -> None:
     for key, component in read:
         if missing := needed_columns(component) - given:
             raise _lack(plan, stage, key, component, missing, givers)
+
+
+def _check_taught(plan: Plan, stage: Stage, catalog: Catalog) -> None:
+    """Who listens to a teacher has one, and a trainer that can compare with it."""
+    listening = [("loss", stage.loss), *([("advantage", stage.advantage)] if stage.advantage else [])]
+    for key, one in listening:
+        if plan.teacher is None and needed_columns(one) & TEACHER:
+            who = f"{one.spec.kind} {one.spec.name!r}{_in(plan, stage)}"
+            raise UserError(
+                f"{_where(plan, stage, f'{key}.name')}: {who} learns from a teacher, but there is none; add [teacher] "
+                f"with a path and an engine that scores ({scoring(catalog)})"
+            )
+    trainer = _trainer_spec(stage.trainer)
+    if top_k(stage) and not trainer.top_logprobs:
+        able = [entry.spec.name for entry in catalog.all(TrainerSpec) if entry.spec.top_logprobs]
+        raise UserError(
+            f"{_where(plan, stage, 'loss.name')}: loss {stage.loss.spec.name!r}{_in(plan, stage)} compares whole "
+            f"distributions, which trainer {trainer.name!r} does not give; trainers that do: {_listed(able)}"
+        )
+
+
+def scoring(catalog: Catalog) -> str:
+    """The engines that can serve a teacher, as a list in words."""
+    return _listed(entry.spec.name for entry in catalog.all(EngineSpec) if "scores" in entry.spec.features)
 
 
 def _no_values(plan: Plan, stage: Stage, catalog: Catalog) -> UserError:
@@ -225,6 +285,29 @@ def _lack(plan: Plan, stage: Stage, key: str, component: Component, missing: fro
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "nothing"
+
+
+def _check_kl(plan: Plan) -> None:
+    """What is adapted is one weight. A stage that weighs no divergence has nothing to adapt, unless all are like it."""
+    adapting = [stage for stage in plan.stages if stage.kl.target is not None]
+    if adapting and not any(map(kl_weights, adapting)):
+        raise UserError(
+            f"{_where(plan, adapting[0], 'kl.target')}: kl.target adapts the weight of the KL divergence to the "
+            "reference, but there is none; set the kl_coef that it begins with, of the advantage or of the loss"
+        )
+    for stage in adapting:
+        samples = stage.schedule.prompts_per_step * stage.schedule.samples_per_prompt
+        if stage.kl.horizon < samples:
+            raise UserError(
+                f"{_where(plan, stage, 'kl.horizon', 'kl.target')}: kl.horizon{_in(plan, stage)} is "
+                f"{stage.kl.horizon}, less than the {samples} samples of a step; raise it"
+            )
+        if len(found := kl_weights(stage)) > 1:
+            both = " and ".join(f"{where}.{option}" for where, option in found)
+            raise UserError(
+                f"{_where(plan, stage, 'kl.target')}: kl.target{_in(plan, stage)} adapts the weight of the KL "
+                f"divergence to the reference, but {both} both weigh it; set one of them to 0"
+            )
 
 
 def _check_groups(plan: Plan, stage: Stage) -> None:
@@ -270,7 +353,7 @@ def _check_rewards(plan: Plan, stage: Stage) -> None:
     assert isinstance(stage.data.spec, DataSourceSpec)
     if not stage.rollout.spec.engine and stage.advantage is None:
         return
-    if not stage.rewards:
+    if not stage.rewards and not _needs_no_reward(plan, stage):
         raise UserError(
             f"{_where(plan, stage, 'reward', 'rollout.name', 'data.name')}: rollout {stage.rollout.spec.name!r}"
             f"{_in(plan, stage)} makes samples that must be scored, but there is no reward; add [reward] with a name"
@@ -283,6 +366,13 @@ def _check_rewards(plan: Plan, stage: Stage) -> None:
                 f"compares with a reference answer, but data source {stage.data.spec.name!r} gives none; choose "
                 "another reward, or data with answers"
             )
+
+
+def _needs_no_reward(plan: Plan, stage: Stage) -> bool:
+    """Whether a teacher's word is enough."""
+    rewarded = stage.advantage is not None and reads_rewards(stage.advantage)
+    taught = bool(stage_columns(stage) & TEACHER)
+    return taught and not rewarded and not stage.filters and not plan.evaluation.every
 
 
 # ---- Lengths and the model ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from miles_core.errors import RunError
 from miles_core.sample import Batch
 
-LOGPROBS = ("rollout_logprobs", "old_logprobs", "ref_logprobs")
+LOGPROBS = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "teacher_logprobs")
 
 
 def check_rewards(batch: Batch) -> None:

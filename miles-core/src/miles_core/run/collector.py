@@ -8,6 +8,10 @@ with k = 0 the loop is synchronous. What a filter drops is counted and replaced.
 
 With k = 0 groups are begun in waves: replacements only when the whole wave is scored. Requests then reach idle engines
 together, and a run gives the same numbers every time, to the last bit.
+
+With `over_sample` more groups are begun than a batch needs, and those that are done first make it, so that nobody waits
+for the slowest. What would be too stale for the next batch is thrown back (`miles_core.run.progress`) and counted.
+Which groups these are is a matter of time, so such a run is not the same twice; no prompt is lost or trained twice.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import asyncio
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +33,17 @@ from miles_core.errors import RunError
 from miles_core.roles import Filter
 from miles_core.run import buffer
 from miles_core.run.advantages import apply_advantage
+from miles_core.run.kl import KLControl
 from miles_core.run.producer import Clock, Engines, Producer, built
+from miles_core.run.progress import Progress
 from miles_core.run.scoring import Scorer
 from miles_core.run.tokenizers import load_tokenizer
 from miles_core.run.weights import aggregate
-from miles_core.sample import Batch, Group
+from miles_core.sample import Batch, Group, Prompt
 from miles_core.specs import RolloutSpec
 
 DROP_LIMIT = 50
-"""Filters may drop this many batches' worth of groups in a row before the run is given up."""
+"""Filters may drop this many batches' worth of groups for one batch before the run is given up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,34 +57,6 @@ class Collected:
     def without_batch(self) -> Collected:
         """The same, to be sent beside a reference to the batch."""
         return replace(self, batch=None)
-
-
-@dataclass(kw_only=True)
-class _Progress:
-    """What a stage has under way. version: that trains next, counted from the stage's first. used: groups that have
-    been handed over.
-
-    position: of the next prompt to draw. again: positions to draw again after a resume. begun: group -> version at
-    which it was begun, for all that is not used up. done: scored groups that wait to be trained on.
-    """
-
-    version: int = 0
-    used: int = 0
-    position: int = 0
-    again: list[int] = field(default_factory=list)
-    begun: dict[int, int] = field(default_factory=dict)
-    done: dict[int, Group] = field(default_factory=dict)
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    error: BaseException | None = None
-    dropped: int = 0
-    dropped_in_a_row: int = 0
-    failed_in_a_row: int = 0
-    failed: int = 0
-
-    @property
-    def running(self) -> list[int]:
-        """Groups under way."""
-        return [group for group in self.begun if group not in self.done]
 
 
 class Collector:
@@ -107,7 +85,8 @@ class Collector:
         self.producer, self.filters = self._producers[stage], self._filters[stage]
         self.producer.scorer = self._scorer(stage)
         done = step - self.stage.first_step
-        self.progress = _Progress(version=done, used=done * self.stage.schedule.prompts_per_step)
+        self.progress = Progress(version=done, used=done * self.stage.schedule.prompts_per_step)
+        self.kl = KLControl.of(self.stage)
         if folder is not None:
             self._restore(folder)
 
@@ -141,29 +120,32 @@ class Collector:
     def _fill(self) -> None:
         """Begins as many groups as may be under way."""
         progress, schedule = self.progress, self.stage.schedule
-        if schedule.max_staleness == 0 and progress.running:
+        if schedule.max_staleness == 0 and not schedule.over_sample and progress.running:
             return
-        size = schedule.prompts_per_step
-        limit = size * min(progress.version + schedule.max_staleness + 1, schedule.steps)
-        for _ in range(limit - progress.used - len(progress.begun)):
-            if progress.again:
-                position = progress.again.pop(0)
-            else:
-                position, progress.position = progress.position, progress.position + 1
-            prompt = self.producer.draw(position)
-            progress.begun[position] = progress.version
-            task = asyncio.create_task(self._make(prompt, schedule.samples_per_prompt))
-            progress.tasks.add(task)
-            task.add_done_callback(progress.tasks.discard)
+        needed = schedule.prompts_per_step * min(progress.version + schedule.max_staleness + 1, schedule.steps)
+        if needed <= progress.used:
+            return
+        for _ in range(needed + schedule.over_sample - progress.used - len(progress.begun)):
+            prompt = self.producer.draw(progress.draw())
+            progress.begun[prompt.id] = progress.version
+            progress.tasks[prompt.id] = asyncio.create_task(self._make(prompt, schedule.samples_per_prompt))
 
-    async def _make(self, prompt: Any, count: int) -> None:
-        progress = self.progress
+    async def _make(self, prompt: Prompt, count: int) -> None:
+        progress, task = self.progress, asyncio.current_task()
+        assert task is not None
         try:
-            group = await self.producer.make(prompt, count)
-            self._judge(prompt.id, group)
-            self._fill()
+            progress.generating.add(task)
+            try:
+                group = await self.producer.generate(prompt, count)
+            finally:
+                progress.generating.discard(task)
+            group = await self.producer.score(group)
+            if task not in progress.unwanted:
+                self._judge(prompt.id, group)
+                self._fill()
         except (Exception, asyncio.CancelledError) as error:  # whatever it is, somebody waits for this group
-            progress.error = progress.error or error
+            if task not in progress.unwanted:
+                progress.error = progress.error or error
         self._changed.set()
 
     def _judge(self, position: int, group: Group) -> None:
@@ -176,16 +158,14 @@ class Collector:
             raise self._all_failed(group)
         if all(one.keep(group) for one in self.filters):
             progress.done[position] = group
-            progress.dropped_in_a_row = 0
             return
-        del progress.begun[position]
-        progress.dropped += 1
-        progress.dropped_in_a_row += 1
-        if progress.dropped_in_a_row > DROP_LIMIT * size:
+        progress.drop(position)
+        if progress.dropped > DROP_LIMIT * size:
             names = ", ".join(one.spec.name for one in self.stage.filters)
             raise RunError(
-                f"the filters ({names}) have dropped {progress.dropped_in_a_row} groups in a row, so no batch can be "
-                "filled: the task is too easy or too hard for the policy, or the rewards are all the same"
+                f"the filters ({names}) have dropped {progress.dropped} groups since the last batch of {size}, so the "
+                "next one cannot be filled: the task is too easy or too hard for the policy, or the rewards are all "
+                "the same"
             )
 
     def _all_failed(self, group: Group) -> RunError:
@@ -238,8 +218,8 @@ class Collector:
         """Whether B groups are done, among them enough of the old ones: with those that were begun at version b or
         earlier, the batches from this one to that of version b + k must come to an end."""
         progress, schedule = self.progress, self.stage.schedule
-        if len(progress.done) < schedule.prompts_per_step:
-            return False
+        if len(progress.done) < schedule.prompts_per_step or schedule.over_sample:
+            return len(progress.done) >= schedule.prompts_per_step
         for later in range(schedule.max_staleness + 1):
             version = progress.version + later - schedule.max_staleness
             old = [group for group, begun in progress.begun.items() if begun <= version]
@@ -249,14 +229,14 @@ class Collector:
         return True
 
     def _take(self, step: int, seconds: Mapping[str, float]) -> Collected:
-        """Cuts off a batch: the groups begun at the oldest versions, then in the order of the data."""
-        progress = self.progress
-        order = sorted(progress.done, key=lambda group: (progress.begun[group], group))
-        chosen = sorted(order[: self.stage.schedule.prompts_per_step])
-        samples = [sample for group in chosen for sample in progress.done[group]]
-        for group in chosen:
-            del progress.done[group], progress.begun[group]
-        progress.used += len(chosen)
+        """Cuts off a batch: the groups begun at the oldest versions, then in the order of the data, or in that in which
+        they were done if too many are begun."""
+        progress, schedule = self.progress, self.stage.schedule
+        done = list(progress.done) if schedule.over_sample else sorted(progress.done)
+        chosen = sorted(sorted(done, key=progress.begun.__getitem__)[: schedule.prompts_per_step])
+        samples = [sample for group in progress.hand_over(chosen) for sample in group]
+        if schedule.over_sample:
+            progress.throw_back(progress.version + 1 - schedule.max_staleness)
         scorer = self._scorer(self.index)
         batch = Batch.pack(
             samples,
@@ -269,10 +249,10 @@ class Collector:
         metrics = {**group_metrics([samples]), **self._staleness(batch, step)}
         if not _scores(self.stage):
             del metrics["reward"]  # nobody gave one
-        for name in ("dropped", "failed"):
-            metrics[name] = float(getattr(progress, name))
-            setattr(progress, name, 0)
-        return Collected(batch=batch, metrics=metrics, seconds=seconds)
+        counts = progress.counts()
+        if not schedule.over_sample:
+            del counts["oversampled"]
+        return Collected(batch=batch, metrics={**metrics, **counts}, seconds=seconds)
 
     def _staleness(self, batch: Batch, step: int) -> dict[str, float]:
         """Versions that the trained tokens lag behind."""
@@ -283,9 +263,13 @@ class Collector:
 
     def finish(self, batch: Batch, columns: Mapping[str, NDArray[Any]]) -> tuple[Batch, dict[str, float]]:
         """The batch with the trainer's columns, its advantages and its weights. Runs in a thread."""
-        batch = apply_advantage(batch.with_columns(**columns), self.stage.advantage)
+        batch, advantage = batch.with_columns(**columns), self.stage.advantage
+        if self.kl is not None:
+            batch, advantage = self.kl.apply(batch, advantage)
+        batch = apply_advantage(batch, advantage)
         batch = aggregate(batch, self.stage.loss_section, self.stage.schedule.minibatches)
-        return batch, {"trained_tokens": float(np.count_nonzero(batch["mask"])), **_explained(batch)}
+        metrics = {"trained_tokens": float(np.count_nonzero(batch["mask"])), **_explained(batch), **_taught(batch)}
+        return batch, metrics | (self.kl.learn(batch) if self.kl is not None else {})
 
     # ---- Evaluation ------------------------------------------------------------------------------------------------
 
@@ -318,18 +302,18 @@ class Collector:
     def save(self, folder: Path) -> None:
         """Where the data stands and what is buffered; what is under way is to be made again."""
         progress = self.progress
+        state = progress.state()
         buffer.save(
             folder,
-            {"position": progress.position, "again": [*progress.again, *progress.running]},
+            state if self.kl is None else {**state, "kl_coef": self.kl.coefficient},
             {group: (progress.begun[group], samples) for group, samples in progress.done.items()},
         )
 
     def _restore(self, folder: Path) -> None:
-        progress = self.progress
         state, groups = buffer.load(folder, self.producer.draw)
-        progress.position, progress.again = state["position"], sorted(state["again"])
-        for group, (version, samples) in groups.items():
-            progress.begun[group], progress.done[group] = version, samples
+        self.progress.restore(state, groups)
+        if self.kl is not None:
+            self.kl.coefficient = state["kl_coef"]
 
 
 def _explained(batch: Batch) -> dict[str, float]:
@@ -343,9 +327,20 @@ def _explained(batch: Batch) -> dict[str, float]:
     return {"critic/explained_variance": float(1 - (returns - values).var() / returns.var())}
 
 
+def _taught(batch: Batch) -> dict[str, float]:
+    """How far the policy that wrote the tokens is from the teacher, where there is one: the mean of log rollout - log
+    teacher, an estimate of KL(rollout || teacher)."""
+    written = batch["mask"] & (batch["versions"] >= 0)
+    if "teacher_logprobs" not in batch or not written.any():
+        return {}
+    difference = batch["rollout_logprobs"][written].astype(np.float64) - batch["teacher_logprobs"][written]
+    return {"teacher_kl": float(difference.mean())}
+
+
 def _scores(stage: Stage) -> bool:
     """Whether anything comes of the rewards: what is read from the data and read by no advantage is not scored."""
-    return stage.advantage is not None or (isinstance(stage.rollout.spec, RolloutSpec) and stage.rollout.spec.engine)
+    generates = isinstance(stage.rollout.spec, RolloutSpec) and stage.rollout.spec.engine
+    return bool(stage.rewards) and (stage.advantage is not None or generates)
 
 
 def group_metrics(groups: list[Group]) -> dict[str, float]:

@@ -20,7 +20,14 @@ from miles_core.run.trackers import read_metrics
 
 LINE_EVERY_S = 1.0
 """Steps that are quicker than this share a line."""
-_PARTS = (("generate", "cyan"), ("reward", "magenta"), ("train", "blue"), ("publish", "yellow"), ("other", "white"))
+_PARTS = (
+    ("generate", "cyan"),
+    ("reward", "magenta"),
+    ("teacher", "green"),
+    ("train", "blue"),
+    ("publish", "yellow"),
+    ("other", "white"),
+)
 _BAR = 20
 
 
@@ -83,6 +90,7 @@ class Console:
             ("loss", "loss", ".4f"),
             ("critic/value_loss", "value loss", ".4f"),
             ("kl", "kl", ".4f"),
+            ("teacher_kl", "teacher kl", ".4f"),
             ("mismatch/logprob_abs", "mismatch", ".1e"),
             ("tokens_per_second", "tok/s", ",.0f"),
         )
@@ -98,12 +106,12 @@ class Console:
             shares = ", ".join(
                 f"{name} {metrics[f'seconds/{name}'] / max(total, 1e-9):.0%}"
                 for name, _ in _PARTS
-                if metrics[f"seconds/{name}"] > 0
+                if metrics.get(f"seconds/{name}", 0.0) > 0
             )
             return [text, Text(f"({shares})")]
         bar = Text()
         for name, colour in _PARTS:
-            cells = round(_BAR * metrics[f"seconds/{name}"] / max(total, 1e-9))
+            cells = round(_BAR * metrics.get(f"seconds/{name}", 0.0) / max(total, 1e-9))
             bar.append("█" * cells, colour)
         return [text, bar]
 

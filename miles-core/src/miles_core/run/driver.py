@@ -16,16 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from miles_core.cluster.members import CollectorMember, EngineMember, Part, TrainerMember, hooks_of
+from miles_core.cluster.members import CollectorMember, EngineMember, Part, TeacherMember, TrainerMember, hooks_of
 from miles_core.cluster.session import Call, Member, Place, Session
 from miles_core.config.schema import Component, Plan, Stage
-from miles_core.config.traits import loss_columns, needed_columns, stage_columns
+from miles_core.config.traits import TEACHER, loss_columns, needed_columns, stage_columns, top_k
 from miles_core.errors import RunError, UserError, explained
 from miles_core.roles import RunInfo, Tracker
 from miles_core.run import checkpoint
 from miles_core.run.checkpoint import Checkpoint, Saving
 from miles_core.run.console import Console
 from miles_core.run.loop import train
+from miles_core.run.model import prepare_teacher, vocabulary_size
 from miles_core.run.producer import built
 from miles_core.run.trackers import METRICS_FILE, JsonLines
 
@@ -39,7 +40,8 @@ FROM_TRAINER = {"old_logprobs": "policy", "ref_logprobs": "reference"}
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRef:
-    """A batch in the object store. step: that trains on it; started: when the driver began to wait for it."""
+    """A batch in the object store. step: that trains on it; started: when the driver began to wait for it. columns: to
+    be added to it, each in parts that stand end to end."""
 
     ref: Any
     step: int
@@ -47,7 +49,7 @@ class BatchRef:
     metrics: Mapping[str, float]
     seconds: Mapping[str, float]
     started: float
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
     def teaches_policy(self) -> bool:
@@ -86,6 +88,7 @@ class Run:
         self.trainers: list[Member] = []
         self.critics: list[Member] = []  # the trainers themselves, if the critic shares their ranks
         self.engines: list[Member] = []
+        self.teachers: list[Member] = []
         self._begun: int | None = None  # the stage that the trainers and the collector are in
         self._critic_begun: int | None = None  # that of the critic, which sits out stages without values
 
@@ -98,6 +101,9 @@ class Run:
 
     async def start(self) -> None:
         """Brings all members up, with the weights of the first version published."""
+        if self.plan.teacher is not None:
+            with self.console.phase("looking for the teacher"):
+                self.teacher_model = prepare_teacher(self.plan.teacher.section, self.model)
         with self.console.phase("starting Ray"):
             self.session.start()  # on the main thread, where Ray sets its signal handlers
         with self.console.phase("starting trainer, engines and collector"):
@@ -139,6 +145,12 @@ class Run:
                 self.session.spawn(EngineMember, f"engine {index}", plan, index, self.model)
                 for index in range(plan.engine_section.count)
             ]
+        if plan.teacher is not None:
+            known = vocabulary_size(self.model)
+            self.teachers = [
+                self.session.spawn(TeacherMember, f"teacher {index}", plan, index, self.teacher_model, known)
+                for index in range(plan.teacher.engine_section.count)
+            ]
         handles = [(engine.name, engine.actor, engine.log) for engine in self.engines]
         self.collector = self.session.spawn(CollectorMember, "collector", plan, self.model, handles)
 
@@ -158,8 +170,8 @@ class Run:
         await self.session.ask_all(members, "start", part, address, self.model, reference)
 
     async def _start_engines(self) -> None:
-        if self.engines:
-            await self.session.ask_all(self.engines, "start")
+        if served := [*self.engines, *self.teachers]:
+            await self.session.ask_all(served, "start")
 
     async def _connect(self) -> None:
         """The trainer and the engines meet for publishing."""
@@ -270,7 +282,18 @@ class Run:
                 return answer
 
     async def reference(self, batch: BatchRef) -> BatchRef:
-        """The batch with the columns that only the trainer and the critic can compute."""
+        """The batch with the columns that only the trainer, the critic and the teacher can compute, side by side."""
+        teaching = asyncio.create_task(self._taught(batch))
+        try:
+            with self._timed("train"):
+                columns = await self._computed(batch)
+            with self._timed("teacher"):  # the wait for it alone
+                return replace(batch, columns={**columns, **await teaching})
+        finally:
+            teaching.cancel()  # nothing happens unless something has failed
+
+    async def _computed(self, batch: BatchRef) -> dict[str, list[Any]]:
+        """The columns of the trainer and the critic."""
         calls: list[Call] = []
         first: dict[str, int] = {}  # a column comes from the first rank
         for name in sorted(self._columns(batch)):
@@ -280,9 +303,15 @@ class Run:
             else:
                 asked = (batch.ref, FROM_TRAINER[name], batch.step)
                 calls += [(trainer, "logprobs", asked) for trainer in self.trainers]
-        with self._timed("train"):
-            answers = await self.session.gather(calls) if calls else []
-        return replace(batch, columns={name: answers[place] for name, place in first.items()})
+        answers = await self.session.gather(calls) if calls else []
+        return {name: [answers[place]] for name, place in first.items()}
+
+    async def _taught(self, batch: BatchRef) -> dict[str, list[Any]]:
+        """References to the teacher's columns, in as many parts as it has engines."""
+        if not stage_columns(batch.stage) & TEACHER:
+            return {}
+        parts = await self.session.ask_all(self.teachers, "score", batch.ref, top_k(batch.stage))
+        return {name: [part[name] for part in parts] for name in parts[0]}
 
     def _columns(self, batch: BatchRef) -> frozenset[str]:
         """While there is one optimizer step a batch, a loss's old log-probabilities are the policy's own: no pass."""
@@ -295,8 +324,9 @@ class Run:
 
     async def advantage(self, batch: BatchRef) -> BatchRef:
         """The batch with advantages and weights."""
+        parts = [(name, part) for name, column in batch.columns.items() for part in column]
         ref, metrics = await self.session.ask(
-            self.collector, "finish", batch.ref, list(batch.columns), *batch.columns.values()
+            self.collector, "finish", batch.ref, [name for name, _ in parts], *(part for _, part in parts)
         )
         return replace(batch, ref=ref, metrics={**batch.metrics, **metrics})
 
@@ -348,7 +378,8 @@ class Run:
         """All numbers of a step, and where its time went; what is none of the named is "other"."""
         total = time.monotonic() - report.batch.started
         spent = {**report.batch.seconds, **self.seconds}
-        seconds = {name: spent.get(name, 0.0) for name in ("generate", "reward", "train", "publish")}
+        named = ("generate", "reward", *(["teacher"] if self.teachers else []), "train", "publish")
+        seconds = {name: spent.get(name, 0.0) for name in named}
         seconds |= {"other": max(total - sum(seconds.values()), 0.0), "step": total}
         tokens = report.batch.metrics.get("response_tokens", 0.0)
         return {
@@ -443,6 +474,10 @@ def _places(plan: Plan) -> dict[str, Place]:
         places |= {f"critic {rank}": place for rank in range(critic.world_size)}
     if engine is not None:
         places |= {f"engine {index}": Place(cpus=engine.threads, gpus=engine.gpus) for index in range(engine.count)}
+    if plan.teacher is not None:
+        section = plan.teacher.engine_section
+        place = Place(cpus=section.threads, gpus=section.gpus)
+        places |= {f"teacher {index}": place for index in range(section.count)}
     return {**places, "collector": Place(cpus=1)}
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from miles_core.config.schema import ModelSection
+from miles_core.config.schema import ModelSection, TeacherSection
 from miles_core.errors import UserError
 from miles_core.roles import ModelFamily
-from miles_core.run.tokenizers import check_tokenizer, make_tokenizer
+from miles_core.run.tokenizers import check_tokenizer, make_tokenizer, tokenizer_mismatch
 
 
 def prepare_model(section: ModelSection, family: ModelFamily | None, folder: Path) -> Path:
@@ -39,17 +39,38 @@ def prepare_model(section: ModelSection, family: ModelFamily | None, folder: Pat
     return folder
 
 
-def _existing(path: str) -> Path:
+def prepare_teacher(section: TeacherSection, model: Path) -> Path:
+    """The Hugging Face folder of the teacher, with weights, for the policy in the folder `model`.
+
+    Runs in the driver; imports transformers only for a tokenizer without a tokenizer.json. Raises `UserError` for a
+    folder or hub name that is no model, and for a teacher that cannot read the policy's tokens.
+    """
+    folder = _existing(section.path, "teacher.path")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"teacher.path = {section.path!r}: {folder} has no weights (*.safetensors)")
+    if mismatch := tokenizer_mismatch(model, folder):
+        raise UserError(f"teacher.path = {section.path!r}: {mismatch}")
+    return folder
+
+
+def vocabulary_size(model: Path) -> int | None:
+    """How many tokens the model in a Hugging Face folder knows, padding among them, if its config.json says so."""
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def _existing(path: str, key: str = "model.path") -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        folder = _downloaded(path)
+        folder = _downloaded(path, key)
     config = folder / "config.json"
     if not config.is_file():
-        raise UserError(f"model.path = {path!r}: {folder} has no config.json, so it is no Hugging Face model")
+        raise UserError(f"{key} = {path!r}: {folder} has no config.json, so it is no Hugging Face model")
     try:
         json.loads(config.read_text("utf-8"))
     except ValueError as error:
-        raise UserError(f"model.path = {path!r}: {config} is not JSON: {error}") from error
+        raise UserError(f"{key} = {path!r}: {config} is not JSON: {error}") from error
     check_tokenizer(folder)
     _check_weights(folder)
     return folder.resolve()
@@ -65,7 +86,7 @@ def _check_weights(folder: Path) -> None:
         )
 
 
-def _downloaded(name: str) -> Path:
+def _downloaded(name: str, key: str) -> Path:
     """The local snapshot of a hub model, downloaded if it is not there yet."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -75,12 +96,10 @@ def _downloaded(name: str) -> Path:
             name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*"]
         )
     except HFValidationError as error:
-        raise UserError(
-            f"model.path = {name!r} is neither an existing folder nor a name on the Hugging Face hub"
-        ) from error
+        raise UserError(f"{key} = {name!r} is neither an existing folder nor a name on the Hugging Face hub") from error
     except Exception as error:  # the hub's client raises its own, httpx's and the system's
         raise UserError(
-            f"model.path = {name!r} is not an existing folder, and cannot be had from the Hugging Face hub: "
+            f"{key} = {name!r} is not an existing folder, and cannot be had from the Hugging Face hub: "
             f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from error
     return Path(snapshot)

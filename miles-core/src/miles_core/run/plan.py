@@ -23,6 +23,7 @@ from miles_core.config.components import Built, SectionReader, as_table, build_c
 from miles_core.config.layers import RunSource, check_effect, read_run, read_run_file
 from miles_core.config.model import find_family, read_config
 from miles_core.config.source import Key, Node, dotted, item_name, merge, toml_text
+from miles_core.config.teacher import check_teacher
 from miles_core.errors import UserError, nearest
 from miles_core.plugins import CORE, Catalog, discover, normalised
 from miles_core.sample import Sampling
@@ -43,12 +44,12 @@ from miles_core.specs import (
 
 STAGE_KEYS = (
     "schedule", "sampling", "data", "rollout", "reward", "filters", "advantage", "loss", "corrections", "trainer",
-    "critic",
+    "critic", "kl",
 )  # fmt: skip
 """What a stage may set for itself, over what is set for all stages."""
 
 RUN_KEYS = (
-    "name", "folder", "seed", "model", "engine", "trainer", "critic", "evaluation", "checkpoint", "publish",
+    "name", "folder", "seed", "model", "engine", "teacher", "trainer", "critic", "evaluation", "checkpoint", "publish",
     "cluster", "plugins", "callbacks", "trackers", "stages",
 )  # fmt: skip
 """What is the same for the whole run."""
@@ -115,6 +116,7 @@ class _Planner:
         callbacks = read.components("callbacks", CallbackSpec)
         trackers = read.components("trackers", TrackerSpec)
         critic = self._critic(read)
+        teacher = self._teacher(read)
         self.trainer, self.critic = trainer.component, critic.component if critic else None
         stages = self._stages(read)
         if self.critic is not None and all(stage.critic is None for stage in stages):
@@ -135,6 +137,7 @@ class _Planner:
             trainer_section=trainer.section,
             critic=self.critic,
             critic_section=critic.section if critic else None,
+            teacher=teacher,
             sync=None,
             evaluation=evaluation,
             checkpoint=checkpoint,
@@ -154,6 +157,7 @@ class _Planner:
         config = read_config(plan.model, plan.origins, self.catalog)
         family = find_family(plan.model, config, self.catalog)
         traits.check(plan, config, family, self.catalog)
+        check_teacher(plan, self.catalog)
         plan = dataclasses.replace(plan, sync=_find_sync(plan, self.catalog))
         used = {component.plugin for component in _components(plan)} | ({family.plugin.name} if family else set())
         for name in sorted(used & {normalised(name) for name in plan.values["plugins"]["disable"]}):
@@ -179,6 +183,25 @@ class _Planner:
         built = build_component(TrainerSpec, options, ("critic",), self.catalog, schema.CriticSection)
         read.tree["critic"] = built.node
         return built
+
+    def _teacher(self, read: SectionReader) -> schema.Teacher | None:
+        """The run's teacher."""
+        given = self.doc.value.get("teacher")
+        if given is None:
+            return None
+        own = given
+        if isinstance(given.value, dict):
+            own = Node({key: node for key, node in given.value.items() if key != "engine"}, given.origin)
+        section = build(schema.TeacherSection, own, ("teacher",))
+        if "engine" not in given.value:
+            raise UserError(
+                f"{given.origin}: teacher.engine is missing; add it with the name of an engine that scores "
+                f"({traits.scoring(self.catalog)})"
+            )
+        served = SectionReader(given, ("teacher",), self.catalog)
+        engine = served.component("engine", EngineSpec, schema.EngineSection)
+        read.tree["teacher"] = Node({**completed(plain(section), own).value, **served.tree}, given.origin)
+        return schema.Teacher(section=section, engine=engine.component, engine_section=engine.section)
 
     def _stages(self, read: SectionReader) -> tuple[schema.Stage, ...]:
         shared = self._shared()
@@ -222,6 +245,7 @@ class _Planner:
         filters = read.components("filters", FilterSpec)
         advantage = read.optional("advantage", AdvantageSpec)
         loss = read.component("loss", LossSpec, schema.LossSection)
+        kl = read.section("kl", schema.KLSection)
         corrections = [one.component for one in read.components("corrections", CorrectionSpec)]
         options = build_options(self.trainer.spec, table.value["trainer"], (*at, "trainer"))
         trainer = dataclasses.replace(self.trainer, options=options)
@@ -246,6 +270,7 @@ class _Planner:
             loss_section=loss.section,
             corrections=tuple(corrections),
             trainer=trainer,
+            kl=kl,
             critic=self._stage_critic(read) if advantage and traits.reads_values(advantage.component) else None,
         )
         return stage, read.tree
@@ -370,6 +395,7 @@ def _find_sync(plan: schema.Plan, catalog: Catalog) -> schema.Component | None:
 def _components(plan: schema.Plan) -> list[schema.Component]:
     """Every component of a plan."""
     whole = [plan.engine, plan.trainer, plan.critic, plan.sync, *plan.callbacks, *plan.trackers]
+    whole += [plan.teacher.engine] if plan.teacher else []
     for stage in plan.stages:
         whole += [stage.data, stage.rollout, stage.advantage, stage.loss, *stage.corrections, *stage.filters]
         whole += [reward for reward, _ in stage.rewards]

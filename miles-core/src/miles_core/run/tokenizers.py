@@ -54,6 +54,45 @@ def _class_for(folder: Path) -> Any:
     return AutoTokenizer
 
 
+def numbered_tokens(folder: Path) -> dict[str, int] | None:
+    """Each token's number, added tokens among them, as tokenizer.json says; None if there is no such file, or one of
+    another kind. Imports nothing."""
+    try:
+        fields = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        vocabulary = fields["model"]["vocab"]
+        added = {token["content"]: int(token["id"]) for token in fields.get("added_tokens") or ()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if isinstance(vocabulary, list):  # of a unigram model: [token, score] each
+        vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
+    return {**vocabulary, **added}
+
+
+def tokenizer_mismatch(policy: Path, teacher: Path) -> str | None:
+    """Why a teacher cannot read the tokens of a policy, in words; None if it can. Folders with tokenizers.
+
+    Each of the policy's tokens must have the same number there. Imports transformers if a tokenizer has no
+    tokenizer.json.
+    """
+    ours, theirs = (numbered_tokens(folder) or _vocabulary(folder) for folder in (policy, teacher))
+    differing = [token for token, number in ours.items() if theirs.get(token) != number]
+    if not differing:
+        return None
+    token = min(differing, key=ours.__getitem__)
+    there = f"has number {theirs[token]}" if token in theirs else "is no token"
+    return (
+        f"the teacher {teacher} cannot read the policy's tokens: {len(differing)} of {len(ours)} differ, such as "
+        f"{token!r}, which is number {ours[token]} in the policy's tokenizer and {there} in the teacher's; choose "
+        "models that have the same tokenizer"
+    )
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    """By transformers."""
+    found: dict[str, int] = cast(Any, load_tokenizer(folder)).get_vocab()
+    return found
+
+
 def make_tokenizer(name: str, folder: Path) -> dict[str, int]:
     """Writes the tokenizer `name` into `folder`, so that `transformers.AutoTokenizer` loads it.
 

@@ -10,7 +10,8 @@ An engine gives no more than K tokens of its distribution, so something has to b
 
     bucket         they are one more token, with probability 1 - sum: a divergence of coarser distributions, so never
                    above the true one, and 0 only where they agree. TRL (loss_add_tail)
-    renormalise    p and q are divided by their sums: how much lies outside does not count. TRL without the tail
+    renormalise    p and q are divided by their sums: how much lies outside does not count, and nothing holds the policy
+                   back from moving there. TRL without the tail
     drop           the sum as it is; of the forward divergence alone. verl (forward_kl_topk), which also bounds
                    log-probabilities from below and the loss to [0, 10]
 
