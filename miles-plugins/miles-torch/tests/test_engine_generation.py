@@ -162,7 +162,7 @@ def test_the_completions_of_a_request_share_one_prefill(slots: int, folder: Path
                 computed.append(len(tokens))
                 return prefill(tokens, step)
 
-            engine._model.prefill = counted  # type: ignore[method-assign]
+            engine._model.prefill = counted  # type: ignore[method-assign, assignment]
             await collect(engine, requests)
 
     asyncio.run(run())

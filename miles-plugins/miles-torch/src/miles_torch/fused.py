@@ -104,7 +104,8 @@ def _packs(dtype: torch.dtype) -> bool:
     known = torch.backends.mkldnn.is_available() and all(  # type: ignore[no-untyped-call]
         hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
     )
-    return known and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    half = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return known and (dtype == torch.float32 or half)
 
 
 @dataclass(frozen=True)
@@ -166,10 +167,12 @@ class FusedDecoder:
         rotary = self.cos[positions], self.sin[positions]
         for index, layer in enumerate(self.layers):
             attended = self._attend(index, layer, self._normed(hidden, layer.norm), rotary, step)
+            if keep is not None and layer is self.layers[-1]:  # of the others only the keys and values matter
+                hidden, attended = hidden[keep], attended[keep]
             hidden = layer.out(attended).add_(hidden)
             gate, up = layer.gate_up(self._normed(hidden, layer.mlp_norm)).chunk(2, dim=-1)
             hidden = layer.down(self.activation(gate) * up).add_(hidden)
-        return self.head(self._normed(hidden if keep is None else hidden[keep], self.norm))
+        return self.head(self._normed(hidden, self.norm))
 
     def _attend(
         self, index: int, layer: _Layer, x: Tensor, rotary: tuple[Tensor, Tensor], step: Prefill | Decode

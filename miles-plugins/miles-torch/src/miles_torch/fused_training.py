@@ -140,9 +140,10 @@ class FusedTraining:
         return cls(model) if single and silu and fits(model) else None
 
     def untouched(self) -> bool:
-        """Whether the modules are the same ones, on the CPU, and nobody listens to them."""
+        """Whether the modules are the same ones, in float32 on the CPU, and nobody listens to them."""
         now = [(module, type(module)) for module in self.body.modules()]
-        if now != self._parts or self.body.norm.weight.device.type != "cpu":
+        weight = self.body.norm.weight
+        if now != self._parts or weight.device.type != "cpu" or weight.dtype != torch.float32:
             return False
         return not any("forward" in vars(module) or any(getattr(module, name) for name in _HOOKS) for module, _ in now)
 
@@ -167,10 +168,10 @@ class FusedTraining:
         """[N, H] -> [N, Hq D]."""
         attention = layer.self_attn
         heads = _linears(x, attention.q_proj, attention.k_proj, attention.v_proj).view(len(x), -1, self.width)
-        turned, value = torch.split(heads, (self.heads + self.key_heads, self.key_heads), dim=1)
+        turned, value = torch.split(heads, [self.heads + self.key_heads, self.key_heads], dim=1)
         if hasattr(attention, "q_norm"):
             parts = attention.q_norm.weight.expand(self.heads, -1), attention.k_norm.weight.expand(self.key_heads, -1)
             turned = _normed(turned, torch.cat(parts), self.eps)
         turned = Rotation.apply(turned, *rotary)  # type: ignore[no-untyped-call]
-        query, key = torch.split(turned, (self.heads, self.key_heads), dim=1)
+        query, key = torch.split(turned, [self.heads, self.key_heads], dim=1)
         return padded_attention(query, key, value, layout, attention.scaling).flatten(1)
