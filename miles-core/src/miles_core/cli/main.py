@@ -19,6 +19,7 @@ COMMANDS = {
     "resume": ("miles_core.cli.train:resume", "Go on with a run from its last checkpoint."),
     "plan": ("miles_core.cli.plan:plan", "Check a run and show it resolved, without starting anything."),
     "recipes": ("miles_core.cli.recipes:recipes", "List and show ready run files."),
+    "models": ("miles_core.cli.models:models", "List model families and describe a model."),
     "plugins": ("miles_core.cli.plugins:plugins", "List, explain and check plugins."),
 }
 """name -> (the click command, its line in `miles --help`)."""
