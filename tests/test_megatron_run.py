@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from run_kit import RUN, Miles, apart_from_times
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 MEGATRON = (
     RUN.replace(

@@ -222,7 +222,7 @@ def train(trainer: Any, seeds: Sequence[int], minibatches: int = 1) -> dict[str,
 
 
 def run_job(job: Mapping[str, Any], **where: Any) -> Any:
-    """One job: {"model", "options", "seeds", "minibatches", "restore", "save", "pretrained"}.
+    """One job: {"model", "options", "seeds", "minibatches", "restore", "save", "pretrained", "hooks"}.
 
     Gives {"refused"} if the trainer is.
     Or {"function"}: see `run_functions`."""
@@ -230,8 +230,9 @@ def run_job(job: Mapping[str, Any], **where: Any) -> Any:
 
     if "function" in job:
         return _call(job["function"], **where)
+    hooks = resolve_name(job["hooks"])() if "hooks" in job else None
     try:
-        trainer = make_trainer(Path(job["model"]), job.get("options"), **where)
+        trainer = make_trainer(Path(job["model"]), job.get("options"), hooks=hooks, **where)
     except (UserError, RunError) as error:
         return {"refused": str(error)}
     try:
@@ -242,6 +243,10 @@ def run_job(job: Mapping[str, Any], **where: Any) -> Any:
             trainer.save(Path(job["save"]))
         if job.get("pretrained"):
             trainer.save_pretrained(Path(job["pretrained"]))
+        if hooks is not None:
+            everywhere: list[Any] = [None] * where["world_size"]
+            dist.all_gather_object(everywhere, hooks.heard)
+            result["heard"] = everywhere
         return result
     finally:
         trainer.stop()
@@ -256,7 +261,7 @@ def run_jobs(out: Path, world_size: int, jobs: Sequence[Mapping[str, Any]]) -> l
     command = [sys.executable, __file__, str(out / "jobs.json"), str(out / "results.pkl")]
     ranks = [subprocess.Popen([*command, str(rank), str(world_size)]) for rank in range(world_size)]
     try:
-        deadline = time.monotonic() + 250
+        deadline = time.monotonic() + 800
         while any(rank.poll() is None for rank in ranks):
             assert not any(rank.poll() for rank in ranks), "a rank failed; its traceback is in the output"
             assert time.monotonic() < deadline, "the ranks take too long"

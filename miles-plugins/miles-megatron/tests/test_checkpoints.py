@@ -13,6 +13,8 @@ from megatron_kit import make_model, make_trainer, run_jobs
 
 from miles_core.errors import UserError
 
+pytestmark = pytest.mark.timeout(900)  # many processes start, on few cores
+
 TENSOR = {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}
 EXPERT_PIPELINE = {"parallel": {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}}
 

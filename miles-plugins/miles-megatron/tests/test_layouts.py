@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from megatron_kit import make_model, one_by_one, run_jobs, torch_trainer, train
 
+pytestmark = pytest.mark.timeout(900)  # many processes start, on few cores
+
 TWO: dict[str, dict[str, Any]] = {
     "dp2": {},
     "dp2 in small micro-batches": {"micro_batch_tokens": 24},

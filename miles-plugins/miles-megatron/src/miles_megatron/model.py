@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +52,32 @@ def build(config: Any, model: MegatronModel, device: torch.device) -> list[nn.Mo
     stages = config.virtual_pipeline_model_parallel_size
     numbers: list[int | None] = [None] if stages is None else list(range(stages))
     try:
-        chunks = [_chunk(config, model, number).to(device) for number in numbers]
+        with _fusion(config) as fuse:
+            chunks = [fuse(_chunk(config, model, number).to(device)) for number in numbers]
     except (AssertionError, ValueError, NotImplementedError) as error:
         raise UserError(f"Megatron-core cannot build this model with these options: {error}") from error
     return [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
+
+
+@contextmanager
+def _fusion(config: Any) -> Iterator[Callable[[nn.Module], nn.Module]]:
+    """Lets Transformer Engine add gradients of weights to the buffers as it computes them, if that is asked for.
+
+    Megatron's own output layer would need Apex for it and refuse to be built, though it is never called here.
+    """
+    asked = config.gradient_accumulation_fusion and config.transformer_impl == "transformer_engine"
+
+    def fuse(chunk: nn.Module) -> nn.Module:
+        for module in chunk.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+        return chunk
+
+    config.gradient_accumulation_fusion = config.gradient_accumulation_fusion and not asked
+    try:
+        yield fuse if asked else lambda chunk: chunk
+    finally:
+        config.gradient_accumulation_fusion = config.gradient_accumulation_fusion or asked
 
 
 def _chunk(config: Any, model: MegatronModel, stage: int | None) -> nn.Module:

@@ -1,52 +1,75 @@
-"""Memory of tensors, put aside in host memory and brought back.
+"""Device memory that is given back while an engine needs it, and comes again.
 
-Megatron's tensors are views of one another: parameters and gradients of large buffers, the optimizer's float32 weights
-of parameters. So it is not tensors that move but the memory below them, which is emptied in place: every view is whole
-again when it is filled.
+Whole storages move, not tensors: Megatron keeps parameters, gradients and optimizer shards as views into a few large
+buffers, and the views stay what they are while their storage is empty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass
+class _Held:
+    """A storage that was emptied. size: its bytes; host: what it held, None for what comes back as zeros."""
+
+    storage: torch.UntypedStorage
+    device: torch.device
+    size: int
+    host: Tensor | None
+
+
 class Offload:
-    """Memory that has been put aside."""
+    """Empties and refills storages. Host copies are kept, pinned, for the next time."""
 
     def __init__(self) -> None:
-        self._held: list[tuple[Any, int, Tensor | None]] = []
+        self._held: list[_Held] = []
+        self._hosts: dict[int, Tensor] = {}
 
-    def put(self, tensors: Iterable[Tensor], *, content: bool = True) -> None:
-        """Frees the memory of tensors, which must not be used until `take`. content: False if all is zero."""
-        for storage in _storages(tensors):
-            size = storage.nbytes()
-            host = None
-            if content:
-                host = torch.empty(size, dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
-                host.copy_(_bytes(storage))
-            storage.resize_(0)
-            self._held.append((storage, size, host))
+    def sleep(self, kept: Iterable[Tensor], scratch: Iterable[Tensor]) -> None:
+        """Empties the storages of all tensors; those of `scratch` alone are not worth a copy. Once is enough."""
+        if self._held:
+            return
+        seen: set[int] = set()
+        for tensors, copies in ((kept, True), (scratch, False)):
+            for tensor in tensors:
+                storage = tensor.untyped_storage()
+                if storage.size() and storage.data_ptr() not in seen:
+                    seen.add(storage.data_ptr())
+                    self._held.append(self._emptied(storage, tensor.device, len(self._held), copies=copies))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        for held in self._held:
+            held.storage.resize_(0)
 
-    def take(self) -> None:
-        """The opposite of `put`, for all that was put aside."""
-        for storage, size, host in self._held:
-            storage.resize_(size)
-            if host is None:
-                _bytes(storage).zero_()
+    def _emptied(self, storage: torch.UntypedStorage, device: torch.device, number: int, *, copies: bool) -> _Held:
+        size = storage.size()
+        host = None
+        if copies:
+            host = self._hosts.get(number)
+            if host is None or len(host) != size:
+                host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+                self._hosts[number] = host
+            host.copy_(_bytes(storage, device), non_blocking=True)
+        return _Held(storage, device, size, host)
+
+    def wake(self) -> None:
+        """Refills them."""
+        for held in self._held:
+            held.storage.resize_(held.size)
+            content = _bytes(held.storage, held.device)
+            if held.host is None:
+                content.zero_()
             else:
-                _bytes(storage).copy_(host)
+                content.copy_(held.host, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self._held.clear()
 
 
-def _storages(tensors: Iterable[Tensor]) -> list[Any]:
-    """The memory below tensors, each once, without what is empty already."""
-    found = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
-    return [storage for storage in found.values() if storage.nbytes()]
-
-
-def _bytes(storage: Any) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+def _bytes(storage: torch.UntypedStorage, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)  # type: ignore[call-overload, no-any-return]

@@ -70,7 +70,12 @@ def _defaults(model: MegatronModel) -> dict[str, Any]:
     if "num_moe_experts" in model.transformer:
         found["moe_grouped_gemm"] = implementation == "transformer_engine"
     if cuda:
-        found |= {"bias_activation_fusion": True, "apply_rope_fusion": implementation == "transformer_engine"}
+        fused = implementation == "transformer_engine"
+        found |= {
+            "bias_activation_fusion": True,
+            "apply_rope_fusion": fused,
+            "gradient_accumulation_fusion": fused,
+        }
     return found
 
 

@@ -118,21 +118,29 @@ class MegatronTrainer:
             self._reference = self._copy()
 
     def sleep(self) -> None:
-        """Gives the GPU memory back; everything waits in host memory."""
-        if self._device.type == "cpu":
-            return
-        self._put_aside()
-        torch.cuda.empty_cache()
-
-    def _put_aside(self) -> None:
-        """Weights, gradients, which are zero between steps, and the optimizer's state."""
-        buffers = [b for chunk in self._chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-        self._offload.put([buffer.grad_data for buffer in buffers], content=False)
-        self._offload.put([*_module_tensors(self._chunks), *_optimizer_tensors(self._optimizer)])
+        """Gives the memory of parameters, gradients and optimizer back; everything waits in host memory."""
+        self._offload.sleep(self._kept(), self._gradients())
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """The opposite of `sleep`."""
-        self._offload.take()
+        self._offload.wake()
+
+    def _kept(self) -> Iterator[Tensor]:
+        """What must survive."""
+        yield from self._tensors()
+        for optimizer in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
+            inner = getattr(optimizer, "optimizer", None)
+            for group in inner.param_groups if inner is not None else ():
+                yield from group["params"]
+            for state in inner.state.values() if inner is not None else ():
+                yield from (value for value in state.values() if isinstance(value, Tensor) and value.ndim)
+
+    def _gradients(self) -> Iterator[Tensor]:
+        for chunk in self._chunks:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                yield buffer.grad_data
 
     def stop(self) -> None:
         """Leaves the process groups."""
