@@ -72,6 +72,22 @@ def test_every_way_of_it_teaches(
     assert "reward" not in steps[0]
 
 
+def test_the_recipe_teaches(miles: Miles, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = (
+        "model.config={hidden_size=32,intermediate_size=64,num_hidden_layers=1,num_attention_heads=2,head_dim=16}",
+        "model.config.num_key_value_heads=1",
+        "evaluation.every=0",
+        "trackers=[]",
+        "stages.warm-up.schedule={steps=1,prompts_per_step=2}",
+        "stages.rl.schedule={steps=12,prompts_per_step=8,samples_per_prompt=4}",
+        'stages.rl.trainer.optimizer={learning_rate=2e-2,schedule="constant",warmup_steps=0}',
+        "teacher.path=teacher",
+    )
+    steps = one_process.train("arithmetic-distill", small, discover(), monkeypatch)
+    assert falls(steps[1:])
+    assert "reward" in steps[1]
+
+
 def test_more_engines_say_the_same(miles: Miles, monkeypatch: pytest.MonkeyPatch) -> None:
     for text in (SAMPLED, TOP_K):
         one, three = (train(monkeypatch, text, "schedule.steps=2", f"teacher.engine.count={n}") for n in (1, 3))

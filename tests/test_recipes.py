@@ -37,7 +37,7 @@ INSTALLED = discover()
 RECIPES = [
     entry.spec.name
     for entry in INSTALLED.all(RecipeSpec)
-    if entry.spec.name == BASE or f'recipe = "{BASE}"' in recipe_text(entry)
+    if entry.spec.name == BASE or (f'recipe = "{BASE}"' in recipe_text(entry) and "[teacher]" not in recipe_text(entry))
 ]
 LOSSES = [entry.spec.name for entry in INSTALLED.all(LossSpec) if entry.plugin.name == "miles-grpo"]
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer
 
 from miles_core.errors import UserError
-from miles_core.run.tokenizers import EOS, load_tokenizer, make_tokenizer
+from miles_core.run.tokenizers import EOS, load_tokenizer, make_tokenizer, numbered_tokens, tokenizer_mismatch
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +111,46 @@ def test_making_a_tokenizer_does_not_import_torch(tmp_path: Path) -> None:
         "assert not {'torch', 'transformers'} & {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# ---- A policy and its teacher ----------------------------------------------------------------------------------------
+
+
+def test_the_numbers_of_tokens_are_those_of_transformers(folders: dict[str, Path]) -> None:
+    for folder in folders.values():
+        assert numbered_tokens(folder) == AutoTokenizer.from_pretrained(folder).get_vocab()
+
+
+def test_a_unigram_model_numbers_its_tokens_by_their_order(tmp_path: Path) -> None:
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], unk_id=0))
+    made.add_special_tokens(["<end>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert numbered_tokens(tmp_path) == made.get_vocab() == {"<unk>": 0, "a": 1, "b": 2, "<end>": 3}
+
+
+@pytest.mark.parametrize("text", [None, "no JSON", "[]", "{}"])
+def test_numbers_that_a_folder_does_not_say_are_unknown(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "tokenizer.json").write_text(text)
+    assert numbered_tokens(tmp_path) is None
+
+
+def test_a_teacher_may_know_more_tokens_but_none_by_another_number(folders: dict[str, Path], tmp_path: Path) -> None:
+    fields = json.loads((folders["ascii"] / "tokenizer.json").read_text("utf-8"))
+    size = len(numbered_tokens(folders["ascii"]) or ())
+    more = {**fields["added_tokens"][0], "content": "<think>", "id": size}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**fields, "added_tokens": [*fields["added_tokens"], more]}))
+    assert tokenizer_mismatch(folders["ascii"], folders["ascii"]) is None
+    assert tokenizer_mismatch(folders["ascii"], tmp_path) is None
+    fewer = tokenizer_mismatch(tmp_path, folders["ascii"])
+    assert f"1 of {size + 1} differ, such as '<think>', which is number {size}" in str(fewer)
+    assert "and is no token in the teacher's" in str(fewer)
+    assert "has number" in str(tokenizer_mismatch(folders["ascii"], folders["bytes"]))
+
+
+def test_tokenizers_without_a_json_file_are_compared_by_transformers(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miles_core.run.tokenizers.numbered_tokens", lambda folder: None)
+    assert tokenizer_mismatch(folders["ascii"], folders["ascii"]) is None
+    assert tokenizer_mismatch(folders["ascii"], folders["bytes"]) is not None

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from miles_core import AdvantageSpec, LossSpec, hookimpl
+from miles_core import AdvantageSpec, LossSpec, RecipeSpec, hookimpl
 
 
 @hookimpl
@@ -29,4 +29,16 @@ def miles_losses() -> Iterable[LossSpec]:
         needs=frozenset({"teacher_top_tokens", "teacher_top_logprobs"}),
         top_k="top_k",
         summary="Reverse, forward or Jensen-Shannon divergence from the teacher on its likeliest tokens",
+    )
+
+
+@hookimpl
+def miles_recipes() -> Iterable[RecipeSpec]:
+    """A run file that needs nothing but a laptop, and what `miles train arithmetic` leaves."""
+    yield RecipeSpec(
+        name="arithmetic-distill",
+        ref="miles_distill:recipes/arithmetic-distill.toml",
+        example="miles_distill.examples:with_teacher",
+        requires=("miles-torch", "miles-sft", "miles-rewards", "miles-qwen", "miles-trackers"),
+        summary="A smaller model learns to add from the one that the recipe arithmetic has made",
     )

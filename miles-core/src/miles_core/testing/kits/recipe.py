@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from miles_core.errors import UserError
 from miles_core.specs import RecipeSpec
@@ -10,7 +12,7 @@ from miles_core.testing.subject import Subject, skip
 
 
 def can_be_planned(subject: Subject[RecipeSpec]) -> Iterator[str]:
-    """`miles plan` accepts it, where everything that it requires is installed."""
+    """`miles plan` accepts it, with the example's options over it, where everything that it requires is installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     from packaging.requirements import Requirement
@@ -27,9 +29,19 @@ def can_be_planned(subject: Subject[RecipeSpec]) -> Iterator[str]:
         if not requirement.specifier.contains(found, prereleases=True):
             skip(f"it requires {text}, and {found} is installed")
     try:
-        make_plan(f"{subject.plugin.name}:{subject.spec.name}", [f"folder={subject.folder}"], discover())
+        flags = [f"folder={subject.folder}", *(f"{name}={value}" for name, value in _dotted(subject.example.options))]
+        make_plan(f"{subject.plugin.name}:{subject.spec.name}", flags, discover())
     except UserError as error:
         yield str(error)
+
+
+def _dotted(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The options as flags say them: {"loss": {"clip_high": 0.3}} is loss.clip_high=0.3."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{rest}", said) for rest, said in _dotted(value))
+        else:
+            yield name, json.dumps(value)
 
 
 RULES = (can_be_planned,)
