@@ -131,7 +131,9 @@ ALGORITHMS = (
         **_said("clipped", options="fake_options:Clipped"),
         needs=frozenset({"advantages", "old_logprobs"}),
         needs_if={"ref_logprobs": "kl_coef"},
+        kl_coef="kl_coef",
     ),
+    AdvantageSpec(**_said("in-reward", options="fake_options:Clipped"), kl_coef="kl_coef"),
     AdvantageSpec(**_said("against-baseline", baseline=True)),
     CorrectionSpec(**_said("truncated", needs=frozenset({"staleness"}))),
     LossSpec(**_said("imitate")),
@@ -490,6 +492,28 @@ def test_only_stages_whose_advantage_reads_values_have_a_critic() -> None:
 )
 def test_policy_and_critic_must_fit(text: str, flags: list[str], message: str) -> None:
     assert refusal(text, *flags).startswith(message)
+
+
+def test_an_adapted_kl_coefficient_needs_one_to_begin_with() -> None:
+    referee = TrainerSpec(**_said("referee"), gives=frozenset({"old_logprobs", "ref_logprobs"}))
+    sync = WeightSyncSpec(**_said("referee-to-quick"), trainer="referee", engine="quick", receiver="nowhere:receiver")
+    plugins = catalog(_plugin("fake-referee", referee, sync))
+
+    def flags(*more: str) -> list[str]:
+        return ["trainer.name=referee", "kl.target=6", *more]
+
+    (stage,) = plan_of(RUN, *flags("loss.kl_coef=0.1", "kl.per=token"), plugins=plugins).stages
+    assert (stage.kl.target, stage.kl.per) == (6.0, "token")
+    assert refusal(RUN, *flags(), plugins=plugins).startswith(
+        "flag kl.target=6: kl.target adapts the weight of the KL divergence to the reference, but there is none"
+    )
+    both = flags("loss.kl_coef=0.1", "advantage={name='in-reward', kl_coef=0.1}")
+    assert "advantage.kl_coef and loss.kl_coef both weigh it; set one of them to 0" in refusal(
+        RUN, *both, plugins=plugins
+    )
+    assert refusal(RUN, *flags("loss.kl_coef=0.1", "kl.horizon=7"), plugins=plugins).startswith(
+        "flag kl.horizon=7: kl.horizon is 7, less than the 8 samples of a step"
+    )
 
 
 # ---- Refusals -----------------------------------------------------------------------------------------------------
