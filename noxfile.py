@@ -225,7 +225,7 @@ def floors(name: str) -> Iterator[str]:
 def docs(session: nox.Session) -> None:
     """Build the site into site/, every link and anchor checked; run every command, example and hook that it shows."""
     session.env["NO_MKDOCS_2_WARNING"] = "1"
-    run(session, "mkdocs", "build", "--strict", "--quiet")
+    run(session, "mkdocs", "build", "--strict")
     run(session, "pytest", "docs", *session.posargs)
 
 

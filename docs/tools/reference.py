@@ -157,8 +157,10 @@ def package_files(folder: Path) -> str:
 
 
 def records(_: str = "") -> str:
-    """Every record with its fields."""
-    return "\n".join(f"## {name}\n\n{_dataclass(cls)}" for name, cls in _public(specs).items())
+    """Every record with its fields, and what else their module defines."""
+    found = {name: _dataclass(cls) for name, cls in _public(specs).items()}
+    found |= {name: _alias(name, value, text) for name, value, text in _aliases(specs)}
+    return "\n".join(f"## {name}\n\n{text}" for name, text in found.items())
 
 
 def interfaces(name: str) -> str:
