@@ -292,6 +292,7 @@ def test_every_value_has_its_origin() -> None:
         "updates_per_batch": 1,
         "minibatches": 1,
         "max_staleness": 0,
+        "over_sample": 0,
     }
     assert plan.values["cluster"]["address"] is None
     assert plan.seed == 7
