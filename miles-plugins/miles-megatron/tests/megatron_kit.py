@@ -27,7 +27,8 @@ from miles_core.sample import Batch, Sample
 from miles_core.testing.models import randomised, save_model
 
 VOCABULARY = 97
-OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "adam_beta2": 0.95, "clip_grad": 1.0}
+OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "adam_beta2": 0.95, "adam_eps": 1e-6, "clip_grad": 1.0}
+"""With an epsilon that keeps Adam from blowing up what is left of a gradient that should be zero."""
 
 _SHARED: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -54,6 +55,22 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "moe_intermediate_size": 32,
         "norm_topk_prob": True,
         "mlp_only_layers": [0],
+    },
+    "deepseek-v3": {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 8,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 24,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 4,
+        "first_k_dense_replace": 1,
+        "tie_word_embeddings": False,
     },
 }
 """Name -> fields of config.json over the shared ones."""
@@ -172,7 +189,7 @@ def torch_trainer(model: Path) -> Any:
     from miles_torch.options import TrainerOptions as TorchOptions
     from miles_torch.trainer import TorchTrainer
 
-    optimizer = OptimizerOptions(learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), max_grad_norm=1.0)
+    optimizer = OptimizerOptions(learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-6, max_grad_norm=1.0)
     chosen = TorchOptions(optimizer=optimizer)
     trainer = TorchTrainer(chosen, context(model))
     trainer.start()

@@ -61,6 +61,15 @@ EXPERTS_FOUR: dict[str, dict[str, Any]] = {
         }
     },
 }
+LATENT_TWO: dict[str, dict[str, Any]] = {
+    "latent ep2": {"parallel": {"expert_model_parallel_size": 2}},
+    "latent tp2 sp": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+    "latent cp2": {"parallel": {"context_parallel_size": 2}},
+}
+LATENT_FOUR: dict[str, dict[str, Any]] = {
+    "latent ep2 pp2": {"parallel": {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}},
+}
+ALL = [*TWO, *FOUR, *EXPERTS_TWO, *EXPERTS_FOUR, *LATENT_TWO, *LATENT_FOUR]
 SEEDS = [0, 1]
 
 
@@ -68,14 +77,13 @@ SEEDS = [0, 1]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Layout -> what came of training under it, and each model's reference under its name."""
     folder = tmp_path_factory.mktemp("layouts")
-    models = {name: make_model(folder / name, name) for name in ("qwen3", "qwen3-moe")}
+    models = {name: make_model(folder / name, name) for name in ("qwen3", "qwen3-moe", "deepseek-v3")}
     results = {}
     for name, model in models.items():
         reference = torch_trainer(model)
         results[name] = train(reference, SEEDS)
         reference.stop()
-    for ranks, dense, experts in ((2, TWO, EXPERTS_TWO), (4, FOUR, EXPERTS_FOUR)):
-        layouts = {**dense, **experts}
+    for ranks, layouts in ((2, {**TWO, **EXPERTS_TWO, **LATENT_TWO}), (4, {**FOUR, **EXPERTS_FOUR, **LATENT_FOUR})):
         jobs = [
             {"model": str(models[model_of(layout)]), "seeds": SEEDS, "options": options}
             for layout, options in layouts.items()
@@ -85,10 +93,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def model_of(layout: str) -> str:
-    return "qwen3-moe" if layout.startswith("experts") else "qwen3"
+    return {"experts": "qwen3-moe", "latent": "deepseek-v3"}.get(layout.split()[0], "qwen3")
 
 
-@pytest.mark.parametrize("layout", [*TWO, *FOUR, *EXPERTS_TWO, *EXPERTS_FOUR])
+@pytest.mark.parametrize("layout", ALL)
 def test_numbers_do_not_depend_on_the_layout(trained: dict[str, Any], layout: str) -> None:
     own, reference = trained[layout], trained[model_of(layout)]
     # After an optimizer step, Adam has made small differences of small gradients large.

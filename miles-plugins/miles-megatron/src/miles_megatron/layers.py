@@ -73,8 +73,15 @@ def _local_layer(config: Any, backend: local.LocalBackend, experts: int | None) 
             pre_mlp_layernorm=local.RMSNorm if experts else IdentityOp,
             mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=experts, moe_grouped_gemm=False),
             mlp_bda=megatron_specs.get_bias_dropout_add,
+            sharded_state_dict_keys_map=LATENT_NORMS if latent else {},
         ),
     )
+
+
+LATENT_NORMS = {
+    f"self_attention.{kind}_layernorm.": f"self_attention.linear_{kind}_up_proj.layer_norm_" for kind in ("q", "kv")
+}
+"""Local name -> name in Transformer Engine's model: latent attention has its norms apart without it."""
 
 
 def _attention(config: Any, backend: local.LocalBackend) -> ModuleSpec:
@@ -94,20 +101,20 @@ def _attention(config: Any, backend: local.LocalBackend) -> ModuleSpec:
 
 def _latent_attention(config: Any, backend: local.LocalBackend) -> ModuleSpec:
     plain = backend.column_parallel_linear()
-    up = backend.column_parallel_layer_norm_linear() if config.qk_layernorm else plain
+    norm = local.RMSNorm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
         module=megatron_specs.MLASelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=megatron_specs.MLASelfAttentionSubmodules(
             linear_q_proj=plain,
             linear_q_down_proj=plain,
-            linear_q_up_proj=up,
+            linear_q_up_proj=plain,
             linear_kv_down_proj=plain,
-            linear_kv_up_proj=up,
+            linear_kv_up_proj=plain,
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
-            q_layernorm=IdentityOp,
-            kv_layernorm=IdentityOp,
+            q_layernorm=norm,
+            kv_layernorm=norm,
         ),
     )
 

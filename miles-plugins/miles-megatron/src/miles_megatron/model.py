@@ -177,6 +177,9 @@ def _global_name(chunk: Any, name: str) -> str:
     if found := _LAYER.match(name):
         number = chunk.decoder.layers[int(found[1])].layer_number - 1
         name = f"decoder.layers.{number}.{name[found.end() :]}"
+    if chunk.config.multi_latent_attention:
+        for apart, fused in layers.LATENT_NORMS.items():
+            name = name.replace(apart, fused)
     if found := _LOCAL_EXPERT.search(name):
         return f"{name[: found.start()]}.experts.{found[2]}.{found[3]}{_expert(chunk, int(found[1]))}"
     if found := _GROUPED_EXPERT.search(name):

@@ -31,7 +31,7 @@ from miles_core.errors import RunError, UserError
 from miles_core.roles import Bucket, BucketLayout, LossInputs, Segments, TrainerContext, TrainStage
 from miles_core.run.mismatch import mismatch
 from miles_core.sample import Batch
-from miles_megatron import checkpoint, families, model, pretrained, schedule, settings
+from miles_megatron import checkpoint, clipping, families, model, pretrained, schedule, settings
 from miles_megatron.layout import Layout
 from miles_megatron.offload import Offload
 from miles_megatron.options import TrainerOptions
@@ -217,14 +217,14 @@ class MegatronTrainer:
         metrics["train_seconds"] = time.perf_counter() - started
         metrics["learning_rate"] = schedule.rate(self._optimizer)
         fault = metrics.pop("fault", None)
-        metrics["grad_norm"] = norm = self._gradient_norm()
+        metrics["grad_norm"] = norm = clipping.gradient_norm(self._optimizer)
         if fault is None and not math.isfinite(norm):
             fault = (
                 f"step {step}: the gradient norm is {norm} although all losses are finite. "
                 "A lower learning rate, or float32, may help."
             )
         if fault is None:
-            self._optimizer.step()
+            clipping.step(self._optimizer, norm)
         else:
             self._skip(fault, told)
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)} | {"skipped_steps": 1.0}
@@ -243,10 +243,6 @@ class MegatronTrainer:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-
-    def _gradient_norm(self) -> float:
-        self._optimizer.prepare_grads()
-        return float(self._optimizer.get_grad_norm() or 0.0)
 
     def _forward_backward(self, batch: Batch, samples: Sequence[int], *, first: bool) -> dict[str, Any]:
         """Metrics on every rank, with a `fault` if the loss is not finite."""

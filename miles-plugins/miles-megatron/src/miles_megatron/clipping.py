@@ -1,0 +1,46 @@
+"""The step of Megatron's optimizer, with one norm of the gradients.
+
+Megatron's own step takes the norm again, and with a Transformer Engine that lacks one of its kernels it does so in a
+loop that waits for the GPU at every parameter. Here all are taken together.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: Any) -> float:
+    """The norm over all ranks' gradients, which it leaves ready for `step`. A collective."""
+    optimizer.prepare_grads()
+    total = 0.0
+    for part in optimizer.chained_optimizers:
+        gradients = part.get_grads_for_grad_norm() if part.get_parameters() else []
+        squares = torch.zeros(1, device=torch.cuda.current_device())
+        if gradients:
+            squares += torch.stack(torch._foreach_norm(gradients)).square().sum()
+        dist.all_reduce(squares, group=part.get_grad_stats_parallel_group())
+        total += squares.item()
+    return math.sqrt(total)
+
+
+@torch.no_grad()
+def step(optimizer: Any, norm: float) -> None:
+    """Clips the gradients, whose norm over all ranks is `norm`, and changes the weights."""
+    scale = optimizer.config.clip_grad / (norm + 1e-6)
+    if 0 < scale < 1:
+        gradients = [_gradient(p) for part in optimizer.chained_optimizers for p in part.get_parameters()]
+        if found := [gradient for gradient in gradients if gradient is not None]:
+            torch._foreach_mul_(found, scale)
+    if norm <= optimizer.config.grad_norm_skip_threshold:
+        optimizer.step_with_ready_grads()
+
+
+def _gradient(parameter: Tensor) -> Tensor | None:
+    decoupled: Tensor | None = getattr(parameter, "decoupled_grad", None)
+    return parameter.grad if decoupled is None else decoupled
