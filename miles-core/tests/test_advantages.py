@@ -77,6 +77,14 @@ def test_a_reward_that_is_not_finite_names_its_sample(reward):
         apply_advantage(batch((1.0, reward)), component("spread"))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_column_that_is_not_finite_names_its_token(value):
+    spoiled = np.array([value, 1.0, value, value, 4.0])  # the first two are masked
+    reads = component("values", needs=frozenset({"values"}))
+    with pytest.raises(RunError, match=r"values is -?(nan|inf) at token 1 of sample 41/3: not finite"):
+        apply_advantage(batch().with_columns(values=spoiled), reads)
+
+
 @pytest.mark.parametrize(
     ("behaviour", "message"),
     [

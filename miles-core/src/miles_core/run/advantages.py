@@ -23,8 +23,8 @@ def apply_advantage(batch: Batch, component: Component | None, columns: Collecti
 
     columns: the token columns to hand to it; by default what its record needs with its options. Samples that could not
     be scored are kept from it and get 0. Runs in the collector. Raises RunError, naming the sample where there is one,
-    for a reward that is not finite, for a plugin that raises, and for columns that are missing, of the wrong length,
-    not finite, or not 0 where masked.
+    for a reward or a trained token's column that is not finite, for a plugin that raises, and for given columns that
+    are missing, of the wrong length, not finite, or not 0 where masked.
     """
     if component is None:
         return batch
@@ -34,6 +34,8 @@ def apply_advantage(batch: Batch, component: Component | None, columns: Collecti
     part = batch.select(np.flatnonzero(scored))
     check_rewards(part)
     names = _needed(spec, component.options) if columns is None else columns
+    for name in sorted(names):
+        check_tokens(part, name, part[name], ~np.isfinite(part[name]) & part["mask"], "not finite")
     label = f"advantage {spec.name!r} of {component.plugin}"
     given = _call(spec, component.options, _inputs(part, names), label)
     checked = _checked(part, given, spec, label)

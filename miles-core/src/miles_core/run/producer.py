@@ -119,6 +119,7 @@ class Producer:
             ),
         )
         self.rollout: Rollout = built(stage.rollout)
+        self._rollout = stage.rollout.spec.name
         sampling = stage.sampling if temperature is None else replace(stage.sampling, temperature=temperature)
         self.context = _Context(
             tokenizer=tokenizer, sampling=sampling, max_tokens=plan.model.max_tokens, engines=engines, clock=clock
@@ -137,10 +138,20 @@ class Producer:
         return await self.score(await self.generate(prompt, count))
 
     async def generate(self, prompt: Prompt, count: int) -> Group:
-        """`count` samples of a prompt. The same run, stage, prompt and place give the same seed."""
+        """`count` samples of a prompt. The same run, stage, prompt and place give the same seed.
+
+        Raises `RunError` if the rollout gives others, or not as many.
+        """
         self._clock.stir()
         seeds = [self.seed(prompt.id, index) for index in range(count)]
-        return await self.rollout.run(prompt, seeds, self.context)
+        group = await self.rollout.run(prompt, seeds, self.context)
+        given = [f"{sample.group}/{sample.index}" for sample in group]
+        if given != [f"{prompt.id}/{index}" for index in range(count)]:
+            raise RunError(
+                f"rollout {self._rollout} gave the samples {', '.join(given) or '(none)'} of prompt {prompt.id}; it "
+                f"must give {prompt.id}/0 to {prompt.id}/{count - 1}: one a seed, in order"
+            )
+        return group
 
     async def score(self, group: Group) -> Group:
         """The samples with their rewards."""
