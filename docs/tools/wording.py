@@ -115,7 +115,7 @@ def _paragraphs(cls: type) -> list[tuple[str, dict[str, str]]]:
         text = " ".join(block.split())
         places = list(label.finditer(text)) if names else []
         fields = {
-            name: text[place.end() : following.start() if following else len(text)].strip()
+            name: text[place.end() : following.start() if following else len(text)].strip("; ")
             for place, following in zip_longest(places, places[1:])
             for name in re.split(r", | and ", place[1])
         }
