@@ -16,7 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import miles_ppo
+from miles_core.config.schema import Component
+from miles_core.errors import RunError
 from miles_core.roles import AdvantageInputs, CriticInputs, Segments
+from miles_core.run.advantages import apply_advantage
+from miles_core.sample import Batch
+from miles_core.testing.fakes import make_batch
 from miles_ppo.advantage import gae
 from miles_ppo.loss import critic
 from miles_ppo.options import GAE, Critic
@@ -86,21 +91,75 @@ def test_gae(rows, gamma, lam, between_turns, kl_coef, whiten):
     assert not got["returns"][~inputs.mask].any()
 
 
-def test_gae_takes_time_linear_in_tokens():
-    """A million tokens in one sample, which a quadratic form would not survive."""
-    total = 1_000_000
-    mask = np.ones(total, bool)
-    mask[0] = False
+@pytest.mark.parametrize("between_turns", ["skip", "discount"])
+def test_what_masked_tokens_are_between_turns(between_turns):
+    """Three tokens of a tool between two of the policy: worth nothing, or three steps more to the reward."""
+    mask = np.array([False, True, False, False, False, True, False])
     inputs = AdvantageInputs(
         rewards=np.array([1.0]),
         reward_parts={},
         groups=np.array([0]),
-        segment_ids=np.zeros(total, np.int64),
+        segment_ids=np.zeros(len(mask), np.int64),
+        mask=mask,
+        columns={"values": np.where(mask, 0.5, 99.0)},
+    )
+    options = GAE(gamma=0.5, lam=1.0, between_turns=between_turns, whiten=False)
+    got = gae(inputs, options)["advantages"]
+    steps = 1 if between_turns == "skip" else 4
+    assert got[5] == 1 - 0.5
+    assert got[1] == pytest.approx(0.5**steps * 1 - 0.5)
+
+
+def component(**options) -> Component:
+    (record,) = miles_ppo.miles_advantages()
+    return Component(spec=record, plugin="miles-ppo", options=GAE(**options))
+
+
+def valued_batch() -> Batch:
+    batch = make_batch()
+    values = np.random.default_rng(0).standard_normal(batch.tokens_total) * batch["mask"]
+    return batch.with_columns(values=values)
+
+
+def test_what_is_not_finite_is_named_before_it_spreads():
+    batch = valued_batch()
+    values = batch["values"].copy()
+    row = int(np.flatnonzero(batch["mask"])[4])
+    values[row] = np.nan
+    with pytest.raises(RunError, match=rf"values is nan at token {row - batch.cu_seqlens[batch.segment_ids[row]]} of"):
+        apply_advantage(batch.with_columns(values=values), component())
+    rewards = batch.samples["reward"].copy()
+    rewards[2] = np.inf
+    with pytest.raises(RunError, match="sample 0/2 has reward inf"):
+        apply_advantage(batch.with_samples(reward=rewards), component())
+
+
+@pytest.mark.parametrize("between_turns", ["skip", "discount"])
+def test_a_batch_without_a_trained_token_or_a_scored_sample_gives_zeros(between_turns):
+    batch = valued_batch()
+    masked = batch.with_columns(mask=np.zeros(batch.tokens_total, bool))
+    unscored = batch.with_samples(scored=np.zeros(len(batch), bool))
+    for empty in (masked, unscored):
+        got = apply_advantage(empty, component(between_turns=between_turns))
+        assert not got["advantages"].any()
+        assert not got["returns"].any()
+
+
+@pytest.mark.parametrize("samples", [1, 1000])
+def test_gae_takes_time_linear_in_tokens(samples):
+    """A million tokens, in one sample or in many, which a quadratic form would not survive."""
+    total = 1_000_000
+    mask = np.arange(total) % (total // samples) > 0
+    inputs = AdvantageInputs(
+        rewards=np.arange(samples, dtype=np.float64),
+        reward_parts={},
+        groups=np.arange(samples),
+        segment_ids=np.repeat(np.arange(samples), total // samples),
         mask=mask,
         columns={"values": np.zeros(total)},
     )
     got = gae(inputs, GAE(gamma=1.0, lam=1.0, whiten=False))["advantages"]
-    np.testing.assert_allclose(got[1:], 1.0)
+    np.testing.assert_allclose(got[mask], inputs.rewards[inputs.segment_ids][mask])
 
 
 @pytest.fixture
