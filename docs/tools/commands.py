@@ -207,6 +207,7 @@ class Shell:
             "VIRTUAL_ENV": str(self.environment),
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "100",
+            "LC_ALL": "C.UTF-8",
             "PIP_NO_BUILD_ISOLATION": "0",  # which for this variable means that there is none
             "PIP_NO_INDEX": "1",  # everything is there already
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
