@@ -145,6 +145,24 @@ def trl() -> SimpleNamespace:
     return SimpleNamespace(grpo=_load("trl.trainer.grpo_trainer").GRPOTrainer, utils=_load("trl.trainer.utils"))
 
 
+@pytest.fixture(scope="session")
+def trl_distill() -> SimpleNamespace:
+    """TRL's divergences of distillation, in float64 as they are called."""
+    gkd = _load("trl.experimental.gkd.gkd_trainer")
+    opd = _load("trl.experimental.iw_opd.iw_opd_trainer", stubs=["mlflow", "trackio", "wandb"])
+    return SimpleNamespace(
+        gkd=gkd.GKDTrainer, opd=opd.IWOPDTrainer, add_tail=opd._add_tail_bucket, divergence=opd._jsd_divergence
+    )
+
+
+@pytest.fixture
+def verl_distill(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """verl's divergence of distillation. What it turns into float32 stays float64 here."""
+    module = _load("verl.trainer.distillation.fsdp.losses")
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    return module
+
+
 # ---- Batches --------------------------------------------------------------------------------------------------------
 
 
