@@ -251,6 +251,8 @@ def run_job(job: Mapping[str, Any], **where: Any) -> Any:
     try:
         trainer = make_trainer(Path(job["model"]), job.get("options"), hooks=hooks, **where)
     except (UserError, RunError) as error:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return {"refused": str(error)}
     try:
         if job.get("restore"):

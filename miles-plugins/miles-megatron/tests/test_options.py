@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from typing import Any
@@ -92,6 +93,7 @@ def test_without_megatron_the_error_says_how_to_install_it(monkeypatch: pytest.M
 
 
 DENSE, SPARSE = qwen3(config_of("qwen3")), qwen3_moe(config_of("qwen3-moe"))
+LATENT = dataclasses.replace(DENSE, transformer={**DENSE.transformer, "multi_latent_attention": True})
 
 
 @pytest.mark.parametrize(
@@ -126,6 +128,10 @@ DENSE, SPARSE = qwen3(config_of("qwen3")), qwen3_moe(config_of("qwen3-moe"))
         (
             SPARSE, 2, {"parallel": {"tensor_model_parallel_size": 2}},
             "sequence_parallel must be true where a model with experts is tensor parallel",
+        ),
+        (
+            LATENT, 2, {"parallel": {"tensor_model_parallel_size": 2}},
+            "sequence_parallel must be true where a model with latent attention is tensor parallel",
         ),
         (
             DENSE, 2,

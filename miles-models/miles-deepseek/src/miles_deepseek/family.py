@@ -97,10 +97,11 @@ def _attention(config: Mapping[str, Any]) -> int:
 
 
 def _experts(config: Mapping[str, Any]) -> int:
-    hidden, width = config["hidden_size"], config["moe_intermediate_size"]
+    hidden: int = config["hidden_size"]
+    width: int = config["moe_intermediate_size"]
     count: int = config.get("num_local_experts", config["n_routed_experts"])
-    shared = families.gated_mlp_parameters(hidden, width * config["n_shared_experts"])
-    return count * (hidden + families.gated_mlp_parameters(hidden, width)) + shared
+    expert = hidden + families.gated_mlp_parameters(hidden, width)  # with its row of the router
+    return count * expert + families.gated_mlp_parameters(hidden, width * config["n_shared_experts"])
 
 
 def example(folder: Path) -> Example:

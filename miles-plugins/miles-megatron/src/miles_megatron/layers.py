@@ -37,7 +37,7 @@ def block(config: Any, modules: Mapping[str, str], vp_stage: int | None = None) 
         spec = _local_block(config, vp_stage)
     if modules:
         spec = copy.copy(spec)
-        spec.layer_specs = [_with_modules(layer, modules) for layer in spec.layer_specs]
+        spec.layer_specs = _with_modules(spec.layer_specs, modules, mixed=config.num_moe_experts is not None)
     return spec
 
 
@@ -103,7 +103,7 @@ def _latent_attention(config: Any, backend: local.LocalBackend) -> ModuleSpec:
     plain = backend.column_parallel_linear()
     norm = local.RMSNorm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
-        module=megatron_specs.MLASelfAttention,
+        module=local.LatentAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=megatron_specs.MLASelfAttentionSubmodules(
             linear_q_proj=plain,
@@ -119,28 +119,33 @@ def _latent_attention(config: Any, backend: local.LocalBackend) -> ModuleSpec:
     )
 
 
-def _with_modules(layer: ModuleSpec, modules: Mapping[str, str]) -> ModuleSpec:
-    """A layer with a family's own modules: "self_attention" or deeper, "self_attention.core_attention"."""
-    layer = copy.deepcopy(layer)
+def _with_modules(specs: list[ModuleSpec], modules: Mapping[str, str], *, mixed: bool) -> list[ModuleSpec]:
+    """Layers with a family's own modules: "self_attention" or deeper, "self_attention.core_attention".
+
+    mixed: layers may differ in what their MLP is made of, so that a stage may have no place for a module of it.
+    """
+    specs = [copy.deepcopy(spec) for spec in specs]
     for place, ref in modules.items():
-        _replace(layer, place, resolve_name(ref))
-    return layer
+        found = [_replace(spec, place, resolve_name(ref)) for spec in specs]
+        if not any(found) and not (mixed and place.startswith("mlp.")):
+            raise UserError(f"a layer of Megatron's model has no place {place!r} for a family's own module")
+    return specs
 
 
-def _replace(spec: Any, place: str, module: Any) -> None:
+def _replace(spec: Any, place: str, module: Any) -> bool:
+    """Puts a module into its place; False if there is none."""
     *way, last = place.split(".")
     for name in way:
         spec = getattr(_submodules(spec), name, None)
     holder = _submodules(spec)
     if not hasattr(holder, last):
-        raise UserError(f"a layer of Megatron's model has no place {place!r} for a family's own module")
+        return False
     old = getattr(holder, last)
     if isinstance(old, ModuleSpec):
-        new: Any = copy.copy(old)
-        new.module = module
+        old.module = module
     else:
-        new = module
-    setattr(holder, last, new)
+        setattr(holder, last, module)
+    return True
 
 
 def _submodules(spec: Any) -> Any:

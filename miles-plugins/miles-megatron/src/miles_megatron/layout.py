@@ -110,10 +110,12 @@ def _check_traps(layout: Layout, model: MegatronModel, options: TrainerOptions) 
             f"tensor_model_parallel_size = {layout.tensor}: without expert parallelism Megatron would not sum the "
             "experts' gradients over those ranks; set both alike, or expert_model_parallel_size above 1"
         )
-    if experts and layout.tensor > 1 and not options.parallel.get("sequence_parallel"):
+    latent = model.transformer.get("multi_latent_attention")
+    if (experts or latent) and layout.tensor > 1 and not options.parallel.get("sequence_parallel"):
+        kind = "experts" if experts else "latent attention"
         raise UserError(
-            "trainer.parallel.sequence_parallel must be true where a model with experts is tensor parallel: "
-            "Megatron refuses anything else"
+            f"trainer.parallel.sequence_parallel must be true where a model with {kind} is tensor parallel: "
+            "Megatron refuses or miscomputes anything else"
         )
     _check_virtual(layout, options)
     _check_precision(options)

@@ -13,9 +13,14 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -91,6 +96,20 @@ class Attention(MegatronModule):  # type: ignore[misc]
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return out.squeeze(0).transpose(0, 1).reshape(len(query), -1)
+
+
+class LatentAttention(MLASelfAttention):  # type: ignore[misc]
+    """Megatron's latent attention, whose own way without Transformer Engine does not sum the gradient of the keys'
+    rotary part over tensor-parallel ranks."""
+
+    def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The narrow queries, and keys with values whole in width, divided along the sequence: what is then gathered
+        along it again has its gradient summed."""
+        queries, keys_values = super()._qkv_down_projection(hidden_states)
+        if keys_values.shape[-1] != self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim:
+            keys_values = gather_from_tensor_model_parallel_region(keys_values)
+            keys_values = scatter_to_sequence_parallel_region(keys_values)
+        return queries, keys_values
 
 
 def _where(lengths: list[int], size: int, rank: int) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,8 @@ def build(config: Any, model: MegatronModel, device: torch.device) -> list[nn.Mo
     try:
         with _fusion(config) as fuse:
             chunks = [fuse(_chunk(config, model, number).to(device)) for number in numbers]
+    except UserError:
+        raise
     except (AssertionError, ValueError, NotImplementedError) as error:
         raise UserError(f"Megatron-core cannot build this model with these options: {error}") from error
     return [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]

@@ -32,7 +32,7 @@ def transformer(options: TrainerOptions, model: MegatronModel, world_size: int) 
     half = bool(options.parallel.get("bf16", False))
     dtype = torch.bfloat16 if half else torch.float32
     fields = {
-        **_defaults(model),
+        **_defaults(model, options.transformer.get("transformer_impl", default_implementation())),
         **options.transformer,
         **options.parallel,
         **model.transformer,
@@ -56,9 +56,8 @@ def _latent_only() -> set[str]:
     return set(MLATransformerConfig.__dataclass_fields__) - set(TransformerConfig.__dataclass_fields__)
 
 
-def _defaults(model: MegatronModel) -> dict[str, Any]:
+def _defaults(model: MegatronModel, implementation: str) -> dict[str, Any]:
     """What holds unless the run file says otherwise."""
-    implementation = default_implementation()
     cuda = torch.cuda.is_available()
     found: dict[str, Any] = {
         "transformer_impl": implementation,
