@@ -9,12 +9,14 @@ what bfloat16 can tell: one rank with other micro-batches is shown beside them f
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import numpy as np
@@ -135,8 +137,11 @@ def run(job: Mapping[str, Any], world_size: int) -> Any:
         for rank in ranks:
             rank.start()
         try:
-            return queue.get(timeout=150)
-        except Exception:  # nothing came: the rank's own traceback is on the terminal
+            for _ in range(150):
+                with contextlib.suppress(Empty):
+                    return queue.get(timeout=1)
+                if any(rank.exitcode for rank in ranks):  # its traceback is on the terminal
+                    return None
             return None
         finally:
             for rank in ranks:

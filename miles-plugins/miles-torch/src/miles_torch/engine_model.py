@@ -43,7 +43,7 @@ class EngineModel:
         self._forward: probe.Forward = self._own
         _check_structure(self.module)
         with torch.inference_mode():
-            self._fuses = self._check_numbers() and device.type == "cpu"
+            self._fuses = self._check_numbers()
         self._places: dict[str, Tensor] = self.module.state_dict(keep_vars=True)
         first: dict[int, str] = {}
         self._names = {name: first.setdefault(id(tensor), name) for name, tensor in self._places.items()}
@@ -62,7 +62,7 @@ class EngineModel:
             raise _unfit(self.module, f"its forward fails with the engine's attention ({error})") from error
         if not right and expected.dtype == torch.float32:
             raise _unfit(self.module, "over a cache of keys and values it gives other numbers than without")
-        if not fits(self.module):
+        if self.device.type != "cpu" or not fits(self.module):  # the fused forward is the CPU's alone
             return False
         return probe.agree(probe.by_cache(self.module, FusedDecoder(self.module, probe.TOKENS)), expected)
 
