@@ -19,7 +19,7 @@ from miles_grpo.correction.tis import tis
 from miles_grpo.loss.clipped import clipped
 from miles_grpo.loss.gspo import gspo
 from miles_grpo.loss.sapo import sapo
-from miles_grpo.options import GSPO, MIS, SAPO, TIS, ClippedLoss, GRPOAdvantage, WhitenOptions
+from miles_grpo.options import GSPO, MIS, SAPO, TIS, ClippedLoss, GRPOAdvantage, InReward, WhitenOptions
 from miles_ppo.loss import critic
 from miles_ppo.options import Critic
 from miles_rewards.length import LengthPenalty
@@ -129,8 +129,8 @@ def test_critic(areal, make):
         ({"std_unbiased": True}, lambda x: grpo(x, GRPOAdvantage(eps=1e-5))),
         ({"std_unbiased": False}, lambda x: grpo(x, GRPOAdvantage(std="population", eps=1e-5))),
         ({"std_level": "batch"}, lambda x: grpo(x, GRPOAdvantage(eps=1e-5, scale="batch"))),
-        ({"std_level": None}, lambda x: dr_grpo(x, None)),
-        ({"std_level": None, "mean_leave1out": True}, lambda x: rloo(x, None)),
+        ({"std_level": None}, lambda x: dr_grpo(x, InReward())),
+        ({"std_level": None, "mean_leave1out": True}, lambda x: rloo(x, InReward())),
     ],
 )
 def test_reward_normalisation(areal, make, settings, ours):

@@ -17,7 +17,7 @@ from miles_grpo.correction.tis import tis
 from miles_grpo.kl import kl_penalty
 from miles_grpo.loss.clipped import clipped
 from miles_grpo.loss.gspo import gspo
-from miles_grpo.options import GSPO, MIS, TIS, ClippedLoss, GRPOAdvantage, IcePop, ReinforcePlusPlus
+from miles_grpo.options import GSPO, MIS, TIS, ClippedLoss, GRPOAdvantage, IcePop, InReward, ReinforcePlusPlus
 from miles_ppo.advantage import gae
 from miles_ppo.loss import critic
 from miles_ppo.options import GAE, Critic
@@ -137,8 +137,8 @@ def whole(make):
     ("estimator", "ours"),
     [
         ("group_norm", lambda x: grpo(x, GRPOAdvantage(eps=1e-9))),
-        ("dr_grpo", lambda x: dr_grpo(x, None)),
-        ("rloo", lambda x: rloo(x, None)),
+        ("dr_grpo", lambda x: dr_grpo(x, InReward())),
+        ("rloo", lambda x: rloo(x, InReward())),
         ("reinforce", lambda x: reinforce_plus_plus(x, ReinforcePlusPlus(**POPULATION))),
         ("reinforce_baseline", lambda x: reinforce_plus_plus_baseline(x, ReinforcePlusPlus(**POPULATION))),
     ],

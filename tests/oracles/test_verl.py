@@ -41,6 +41,7 @@ from miles_grpo.options import (
     GeoMean,
     GRPOAdvantage,
     IcePop,
+    InReward,
     KLCov,
     Reinforce,
     ReinforcePlusPlus,
@@ -93,20 +94,24 @@ def compare_groups(case, ours, theirs):
     assert (padded[case.mask & ~here] == 0).all()
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["grpo", "dr-grpo", "rloo", "opo"])
-def test_group_advantages(verl, case, name):
+def test_group_advantages(verl, case, name, kl_coef):
+    """Without and with the KL in the reward (use_kl_in_reward)."""
+    in_reward = InReward(kl_coef=kl_coef)
     ours, theirs, settings = {
-        "grpo": (lambda x: grpo(x, GRPOAdvantage()), verl.algos.compute_grpo_outcome_advantage, {}),
+        "grpo": (lambda x: grpo(x, GRPOAdvantage(kl_coef=kl_coef)), verl.algos.compute_grpo_outcome_advantage, {}),
         "dr-grpo": (
-            lambda x: dr_grpo(x, None),
+            lambda x: dr_grpo(x, in_reward),
             verl.algos.compute_grpo_outcome_advantage,
             {"norm_adv_by_std_in_grpo": False},
         ),
-        "rloo": (lambda x: rloo(x, None), verl.algos.compute_rloo_outcome_advantage, {}),
-        "opo": (lambda x: opo(x, None), verl.algos.compute_opo_outcome_advantage, {}),
+        "rloo": (lambda x: rloo(x, in_reward), verl.algos.compute_rloo_outcome_advantage, {}),
+        "opo": (lambda x: opo(x, in_reward), verl.algos.compute_opo_outcome_advantage, {}),
     }[name]
     case = replace(case, rewards=case.rewards * case.mask.any(1))  # verl reads rewards off response tokens
-    expected, _ = theirs(case.token_rewards.clone(), case.mask.double(), case.groups, **settings)
+    rewards = verl.algos.compute_rewards(case.token_rewards, case.old, case.reference, kl_coef) * case.mask
+    expected, _ = theirs(rewards.clone(), case.mask.double(), case.groups, **settings)
     compare_groups(case, ours(case.advantage_inputs()), expected)
 
 
@@ -115,7 +120,7 @@ def test_rloo_vectorised_gives_a_group_of_one_nothing_as_we_do(verl, case):
     expected, _ = verl.algos.compute_rloo_vectorized_outcome_advantage(
         case.token_rewards, case.mask.double(), case.groups
     )
-    torch.testing.assert_close(case.padded(rloo(case.advantage_inputs(), None)["advantages"]), expected)
+    torch.testing.assert_close(case.padded(rloo(case.advantage_inputs(), InReward())["advantages"]), expected)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
@@ -151,7 +156,7 @@ def test_remax(verl, make):
     greedy = np.arange(len(case.groups)) % 4 == 0
     baselines = case.rewards[greedy][torch.from_numpy(case.groups)]
     expected, _ = verl.algos.compute_remax_outcome_advantage(case.token_rewards, baselines, case.mask.double())
-    ours = case.padded(remax(replace(case.advantage_inputs(), baseline=greedy), None)["advantages"])
+    ours = case.padded(remax(replace(case.advantage_inputs(), baseline=greedy), InReward())["advantages"])
     here = case.mask & ~torch.from_numpy(greedy)[:, None]
     torch.testing.assert_close(ours[here], expected[here], atol=1e-8, rtol=1e-8)
 

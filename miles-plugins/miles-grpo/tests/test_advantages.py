@@ -20,7 +20,7 @@ from miles_grpo.advantage.reinforce import reinforce_plus_plus, reinforce_plus_p
 from miles_grpo.advantage.remax import remax
 from miles_grpo.advantage.rloo import rloo
 from miles_grpo.advantage.scan import discounted
-from miles_grpo.options import GDPO, GRPOAdvantage, ReinforcePlusPlus
+from miles_grpo.options import GDPO, GRPOAdvantage, InReward, ReinforcePlusPlus
 
 rewards = st.floats(-5, 5).map(lambda x: round(x, 3))
 masks = st.lists(st.booleans(), min_size=1, max_size=5).map(lambda mask: [False, *mask])
@@ -74,7 +74,7 @@ def test_grpo_scaled_by_the_batch(rows, std):
 @given(rows=samples)
 def test_dr_grpo(rows):
     expected = [row[0] - statistics.fmean(r[0] for r in siblings(rows, row[1])) for row in rows]
-    check(dr_grpo(packed(rows), None), rows, expected)
+    check(dr_grpo(packed(rows), InReward()), rows, expected)
 
 
 @given(rows=samples)
@@ -83,7 +83,7 @@ def test_rloo_is_the_reward_minus_the_mean_of_the_others(rows):
     for place, (reward, group, _) in enumerate(rows):
         others = [row[0] for number, row in enumerate(rows) if row[1] == group and number != place]
         expected.append(reward - statistics.fmean(others) if others else 0.0)
-    check(rloo(packed(rows), None), rows, expected)
+    check(rloo(packed(rows), InReward()), rows, expected)
 
 
 @given(rows=samples)
@@ -93,7 +93,7 @@ def test_opo_weighs_the_baseline_by_length(rows):
         weighed = [(sum(row[2]), row[0]) for row in siblings(rows, group)]
         length = sum(n for n, _ in weighed)
         expected.append(reward - sum(n * r for n, r in weighed) / length if length else reward)
-    check(opo(packed(rows), None), rows, expected)
+    check(opo(packed(rows), InReward()), rows, expected)
 
 
 @given(rows=samples, baselines=st.sets(st.integers(0, 11)))
@@ -103,7 +103,7 @@ def test_remax_compares_with_the_baseline_of_the_same_prompt(rows, baselines):
     for reward, group, _ in rows:
         of_group = [row[0] for number, row in enumerate(rows) if row[1] == group and number in baselines]
         expected.append(reward - statistics.fmean(of_group) if of_group else 0.0)
-    check(remax(packed(rows, baseline=is_baseline), None), rows, expected)
+    check(remax(packed(rows, baseline=is_baseline), InReward()), rows, expected)
 
 
 # ---- Returns and whitening ------------------------------------------------------------------------------------------
@@ -169,6 +169,25 @@ def test_reinforce_plus_plus(rows, gamma, variance, estimator, kl_coef, added_to
     np.testing.assert_allclose(got[inputs.mask], whiten(returns, variance, 1e-4, added_to), atol=1e-8, rtol=1e-8)
 
 
+@pytest.mark.parametrize("function", [grpo, dr_grpo, rloo, opo, remax])
+@given(rows=samples, estimator=st.sampled_from(["k1", "k2", "k3"]), kl_coef=st.sampled_from([0.1, 2.0]))
+def test_the_kl_of_a_sample_can_be_taken_off_its_reward(function, rows, estimator, kl_coef):
+    """The advantages are those of rewards that are less by kl_coef times the sum over the sample's trained tokens."""
+    options = GRPOAdvantage if function is grpo else InReward
+    inputs = packed(rows, baseline=np.arange(len(rows)) % 2 == 0)
+    generator = np.random.default_rng(0)
+    columns = {name: -generator.random(len(inputs.mask)) for name in ("old_logprobs", "ref_logprobs")}
+    lowered, token = [], 0
+    for reward, group, mask in rows:
+        trained = [token + place for place, m in enumerate(mask) if m]
+        token += len(mask)
+        kl = sum(kl_of(float(columns["old_logprobs"][t] - columns["ref_logprobs"][t]), estimator) for t in trained)
+        lowered.append((reward - kl_coef * kl, group, mask))
+    expected = function(packed(lowered, baseline=inputs.baseline), options())["advantages"]
+    got = function(replace(inputs, columns=columns), options(kl_coef=kl_coef, kl_estimator=estimator))["advantages"]
+    np.testing.assert_allclose(got, expected, atol=1e-8, rtol=1e-8)
+
+
 parts = st.one_of(rewards, st.just(math.nan))
 
 
@@ -204,8 +223,8 @@ def test_a_batch_of_nothing_but_masked_tokens_gives_zeros():
     baseline = np.array([False, True])
     functions: list[Any] = [
         (grpo, GRPOAdvantage()),
-        (opo, None),
-        (remax, None),
+        (opo, InReward()),
+        (remax, InReward()),
         (reinforce_plus_plus, ReinforcePlusPlus()),
         (gdpo, GDPO()),
     ]
@@ -217,5 +236,5 @@ def test_a_batch_of_nothing_but_masked_tokens_gives_zeros():
 def test_shifting_all_rewards_of_a_group_changes_nothing(function):
     rows = [(1.0, 0, [False, True]), (3.0, 0, [False, True]), (2.0, 1, [False, True, True]), (5.0, 1, [False, True])]
     shifted = [(row[0] + 10 * row[1], *row[1:]) for row in rows]
-    got, moved = function(packed(rows), None)["advantages"], function(packed(shifted), None)["advantages"]
+    got, moved = function(packed(rows), InReward())["advantages"], function(packed(shifted), InReward())["advantages"]
     np.testing.assert_allclose(got, moved, atol=1e-12)

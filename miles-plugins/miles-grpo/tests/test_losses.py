@@ -122,7 +122,11 @@ def test_values_and_gradients_equal_the_reference(loss_inputs, sequences, name, 
     torch.testing.assert_close(got, wanted, atol=1e-8, rtol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["clipped", "dual", "gspo", "sapo", "geo-mean", "reinforce", "kl-cov"])
+HELD_CONSTANT = {"gspo-token", "cispo", "cispo-both", "dppo-tv", "dppo-kl"}
+"""A part of their ratio has no gradient, so finite differences, which know nothing of that, are no reference."""
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - HELD_CONSTANT))
 def test_gradient_is_that_of_finite_differences(loss_inputs, name):
     loss, options = ALL[name]
     inputs = loss_inputs((2, 3), seed=1)

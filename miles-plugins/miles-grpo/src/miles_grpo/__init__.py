@@ -5,60 +5,29 @@ from dataclasses import replace
 
 from miles_core import AdvantageSpec, CorrectionSpec, LossSpec, RecipeSpec, RolloutSpec, hookimpl
 
-_IN_REWARD = {"old_logprobs": "kl_coef", "ref_logprobs": "kl_coef"}
-
 
 @hookimpl
 def miles_advantages() -> Iterable[AdvantageSpec]:
     """Advantages from rewards alone, without a critic."""
-    yield AdvantageSpec(
-        name="grpo",
-        ref="miles_grpo.advantage.grpo:grpo",
-        options="miles_grpo.options:GRPOAdvantage",
-        groups=True,
-        summary="Reward minus the group's mean, divided by the group's standard deviation",
+    yield _advantage("grpo", "grpo:grpo", "GRPOAdvantage", "Reward minus the group's mean, divided by its deviation")
+    yield _advantage("dr-grpo", "grpo:dr_grpo", "InReward", "Reward minus the group's mean")
+    yield _advantage("rloo", "rloo:rloo", "InReward", "Reward minus the mean reward of the group's other samples")
+    yield _advantage("opo", "opo:opo", "InReward", "Reward minus the group's mean weighted by length")
+    yield _advantage(
+        "remax", "remax:remax", "InReward", "Reward minus the reward of the greedy response", baseline=True
     )
-    yield AdvantageSpec(
-        name="dr-grpo",
-        ref="miles_grpo.advantage.grpo:dr_grpo",
-        groups=True,
-        summary="Reward minus the group's mean",
+    yield _advantage(
+        "reinforce++",
+        "reinforce:reinforce_plus_plus",
+        "ReinforcePlusPlus",
+        "Discounted return, whitened over the batch",
+        groups=False,
     )
-    yield AdvantageSpec(
-        name="rloo",
-        ref="miles_grpo.advantage.rloo:rloo",
-        groups=True,
-        summary="Reward minus the mean reward of the group's other samples",
-    )
-    yield AdvantageSpec(
-        name="opo",
-        ref="miles_grpo.advantage.opo:opo",
-        groups=True,
-        summary="Reward minus the group's mean weighted by length",
-    )
-    yield AdvantageSpec(
-        name="remax",
-        ref="miles_grpo.advantage.remax:remax",
-        groups=True,
-        baseline=True,
-        summary="Reward minus the reward of the greedy response",
-    )
-    yield AdvantageSpec(
-        name="reinforce++",
-        ref="miles_grpo.advantage.reinforce:reinforce_plus_plus",
-        options="miles_grpo.options:ReinforcePlusPlus",
-        needs_if=_IN_REWARD,
-        kl_coef="kl_coef",
-        summary="Discounted return with a KL penalty, whitened over the batch",
-    )
-    yield AdvantageSpec(
-        name="reinforce++-baseline",
-        ref="miles_grpo.advantage.reinforce:reinforce_plus_plus_baseline",
-        options="miles_grpo.options:ReinforcePlusPlus",
-        needs_if=_IN_REWARD,
-        kl_coef="kl_coef",
-        groups=True,
-        summary="reinforce++ with the group's mean taken off the reward first",
+    yield _advantage(
+        "reinforce++-baseline",
+        "reinforce:reinforce_plus_plus_baseline",
+        "ReinforcePlusPlus",
+        "reinforce++ with the group's mean taken off the reward first",
     )
     yield AdvantageSpec(
         name="gdpo",
@@ -66,6 +35,22 @@ def miles_advantages() -> Iterable[AdvantageSpec]:
         options="miles_grpo.options:GDPO",
         groups=True,
         summary="Each reward normalised within its group, then summed and whitened over the batch",
+    )
+
+
+def _advantage(
+    name: str, function: str, options: str, summary: str, *, groups: bool = True, baseline: bool = False
+) -> AdvantageSpec:
+    """One that can take a KL divergence off the reward."""
+    return AdvantageSpec(
+        name=name,
+        ref=f"miles_grpo.advantage.{function}",
+        options=f"miles_grpo.options:{options}",
+        needs_if={"old_logprobs": "kl_coef", "ref_logprobs": "kl_coef"},
+        kl_coef="kl_coef",
+        groups=groups,
+        baseline=baseline,
+        summary=summary,
     )
 
 

@@ -32,7 +32,19 @@ def _share(**values: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOAdvantage:
+class InReward:
+    """kl_coef, kl_estimator: the KL divergence from the old policy to the reference that is taken off the reward; 0
+    switches it off."""
+
+    kl_coef: float = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+
+    def __post_init__(self) -> None:
+        _not_negative(kl_coef=self.kl_coef)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOAdvantage(InReward):
     """std: divisor n - 1 ("sample": TRL, verl, slime, OpenRLHF) or n ("population"). eps: added to the standard
     deviation: 1e-6 in verl and slime, 1e-4 in TRL, 1e-9 in OpenRLHF. scale: over the samples of a prompt, or of the
     whole batch (TRL's scale_rewards="batch")."""
@@ -42,6 +54,7 @@ class GRPOAdvantage:
     scale: Literal["group", "batch"] = "group"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(eps=self.eps)
 
 
@@ -63,18 +76,15 @@ class WhitenOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReinforcePlusPlus(WhitenOptions):
-    """gamma: discount per trained token. kl_coef, kl_estimator: the KL penalty that is taken off each token's reward;
-    0 switches it off."""
+class ReinforcePlusPlus(InReward, WhitenOptions):
+    """gamma: discount per trained token. The KL divergence is taken off each token's reward."""
 
     gamma: float = 1.0
-    kl_coef: float = 0.0
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        InReward.__post_init__(self)
+        WhitenOptions.__post_init__(self)
         _share(gamma=self.gamma)
-        _not_negative(kl_coef=self.kl_coef)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,18 +17,20 @@ import numpy as np
 
 from miles_core.roles import AdvantageInputs
 from miles_grpo.advantage.groups import Floats, centred, normalised, spread
-from miles_grpo.options import GRPOAdvantage
+from miles_grpo.advantage.token_rewards import sample_rewards
+from miles_grpo.options import GRPOAdvantage, InReward
 
 
 def grpo(inputs: AdvantageInputs, options: GRPOAdvantage) -> Mapping[str, Floats]:
     """Advantages [N] from rewards and groups."""
+    rewards = sample_rewards(inputs, options)
     if options.scale == "group":
-        return {"advantages": spread(normalised(inputs.rewards, inputs.groups, options.std, options.eps), inputs)}
-    count = max(len(inputs.rewards) - (options.std == "sample"), 1)
-    deviation = np.sqrt(np.sum((inputs.rewards - inputs.rewards.mean()) ** 2) / count) if count else 0.0
-    return {"advantages": spread(centred(inputs.rewards, inputs.groups) / (deviation + options.eps), inputs)}
+        return {"advantages": spread(normalised(rewards, inputs.groups, options.std, options.eps), inputs)}
+    count = max(len(rewards) - (options.std == "sample"), 1)
+    deviation = np.sqrt(np.sum((rewards - rewards.mean()) ** 2) / count) if count else 0.0
+    return {"advantages": spread(centred(rewards, inputs.groups) / (deviation + options.eps), inputs)}
 
 
-def dr_grpo(inputs: AdvantageInputs, options: None) -> Mapping[str, Floats]:
+def dr_grpo(inputs: AdvantageInputs, options: InReward) -> Mapping[str, Floats]:
     """Advantages [N] from rewards and groups."""
-    return {"advantages": spread(centred(inputs.rewards, inputs.groups), inputs)}
+    return {"advantages": spread(centred(sample_rewards(inputs, options), inputs.groups), inputs)}

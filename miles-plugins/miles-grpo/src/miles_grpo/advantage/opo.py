@@ -13,11 +13,14 @@ import numpy as np
 
 from miles_core.roles import AdvantageInputs
 from miles_grpo.advantage.groups import Floats, spread, totals
+from miles_grpo.advantage.token_rewards import sample_rewards
+from miles_grpo.options import InReward
 
 
-def opo(inputs: AdvantageInputs, options: None) -> Mapping[str, Floats]:
+def opo(inputs: AdvantageInputs, options: InReward) -> Mapping[str, Floats]:
     """Advantages [N] from rewards, groups and lengths."""
+    rewards = sample_rewards(inputs, options)
     lengths = np.bincount(inputs.segment_ids[inputs.mask], minlength=len(inputs.rewards)).astype(np.float64)
     weights = np.maximum(totals(lengths, inputs.groups), 1)
-    baseline = totals(lengths * inputs.rewards, inputs.groups) / weights
-    return {"advantages": spread(inputs.rewards - baseline, inputs)}
+    baseline = totals(lengths * rewards, inputs.groups) / weights
+    return {"advantages": spread(rewards - baseline, inputs)}

@@ -14,12 +14,15 @@ import numpy as np
 
 from miles_core.roles import AdvantageInputs
 from miles_grpo.advantage.groups import Floats, spread, totals
+from miles_grpo.advantage.token_rewards import sample_rewards
+from miles_grpo.options import InReward
 
 
-def remax(inputs: AdvantageInputs, options: None) -> Mapping[str, Floats]:
-    """Advantages [N] from rewards, groups and which samples are baselines."""
+def remax(inputs: AdvantageInputs, options: InReward) -> Mapping[str, Floats]:
+    """Advantages [N] from rewards, groups and which samples are baselines, whose reward has no KL in it."""
     assert inputs.baseline is not None
+    rewards = sample_rewards(inputs, options)
     there = inputs.baseline.astype(np.float64)
     count = totals(there, inputs.groups)
-    baseline = totals(there * inputs.rewards, inputs.groups) / np.maximum(count, 1)
-    return {"advantages": spread(np.where(count > 0, inputs.rewards - baseline, 0.0), inputs)}
+    baseline = totals(there * rewards, inputs.groups) / np.maximum(count, 1)
+    return {"advantages": spread(np.where(count > 0, rewards - baseline, 0.0), inputs)}

@@ -13,10 +13,12 @@ import numpy as np
 
 from miles_core.roles import AdvantageInputs
 from miles_grpo.advantage.groups import Floats, centred, sizes, spread
+from miles_grpo.advantage.token_rewards import sample_rewards
+from miles_grpo.options import InReward
 
 
-def rloo(inputs: AdvantageInputs, options: None) -> Mapping[str, Floats]:
+def rloo(inputs: AdvantageInputs, options: InReward) -> Mapping[str, Floats]:
     """Advantages [N] from rewards and groups."""
     count = sizes(inputs.groups)
     factor = count / np.maximum(count - 1, 1)
-    return {"advantages": spread(factor * centred(inputs.rewards, inputs.groups), inputs)}
+    return {"advantages": spread(factor * centred(sample_rewards(inputs, options), inputs.groups), inputs)}

@@ -1,6 +1,9 @@
 """Whitening: mean 0 and variance 1 over all trained tokens of the batch, so over all data-parallel ranks.
 
 (A_t - mean) / sqrt(variance + eps)   or   (A_t - mean) / (sqrt(variance) + eps)
+
+Huang et al., The N+ Implementation Details of RLHF with PPO, arXiv 2403.17031; `WhitenOptions` says who does
+which.
 """
 
 from __future__ import annotations
