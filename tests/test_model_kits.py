@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from miles_core.declarations import declaration_kinds
 from miles_core.plugins import Plugin, discover
-from miles_core.roles import Bucket, PauseMode
+from miles_core.roles import Bucket, PauseMode, TrainStage
 from miles_core.sample import Batch, Completion, Request
 from miles_core.specs import EngineSpec, ModelSpec, Spec, TrainerSpec, WeightSyncSpec
 from miles_core.testing.checks import cases
+from miles_core.testing.kits import rules_of
 from miles_qwen.family import Qwen3
 from miles_torch.critic import TorchCritic
 from miles_torch.engine import TorchEngine
@@ -68,6 +71,18 @@ class TooShort(Changing):
         return replace(completion, logprobs=completion.logprobs[1:])
 
 
+class Warm(TorchEngine):
+    """Draws although it shall take the likeliest."""
+
+    def generate(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, list[Completion]]]:
+        return super().generate([replace(one, sampling=replace(one.sampling, temperature=1.0)) for one in requests])
+
+
+class ScoresTheNext(TorchEngine):
+    async def score(self, requests: Any) -> Any:
+        return [replace(one, logprobs=np.roll(one.logprobs, 1)) for one in await super().score(requests)]
+
+
 class NeverAborts(TorchEngine):
     async def abort(self, ids: Iterable[str] | None = None) -> None: ...
 
@@ -91,6 +106,8 @@ class IgnoresSeeds(TorchEngine):
         (WrongLogprobs, "gives_the_logprobs_of_the_model", "a log-probability differs by 0.01"),
         (WrongVersions, "pauses_as_its_record_says", "in-place: tokens of both versions are wanted"),
         (TooShort, "gives_each_seed_a_completion", "columns of lengths [5, 6]"),
+        (Warm, "takes_the_likeliest_token_when_greedy", "is not the likeliest one"),
+        (ScoresTheNext, "scores_given_tokens", "logprobs differs by"),
         (NeverAborts, "ends_what_is_aborted", "the aborted request has 256 tokens"),
         (DrainsAlways, "pauses_as_its_record_says", "in-place: what runs must not be finished when `pause` returns"),
         (IgnoresSeeds, "gives_the_same_seed_the_same_tokens", "gives other tokens when the same seeds come again"),
@@ -113,6 +130,34 @@ class Averages(TorchTrainer):
 class Climbs(TorchTrainer):
     def update(self, batch: Batch, step: int, passes: int) -> Mapping[str, float]:
         return super().update(batch.with_columns(advantages=-batch["advantages"]), step, passes)
+
+
+class TurnsAGradient(TorchTrainer):
+    """One layer climbs, which no norm shows."""
+
+    def begin(self, stage: TrainStage) -> None:
+        super().begin(stage)
+        weight = self._policy.model.get_parameter("model.layers.1.mlp.up_proj.weight")
+        assert self._optimizer is not None
+
+        def turn(*_: Any) -> None:
+            weight.grad.neg_()
+
+        self._optimizer.register_step_pre_hook(turn)
+
+
+class ForgetsTheNorm(TorchTrainer):
+    def save_pretrained(self, folder: Any) -> None:
+        with torch.no_grad():
+            self._policy.model.get_parameter("model.norm.weight").fill_(1.0)
+        super().save_pretrained(folder)
+
+
+class MistakesTheTokens(TorchTrainer):
+    def update(self, batch: Batch, step: int, passes: int) -> Mapping[str, float]:
+        if "teacher_top_tokens" in batch:
+            batch = batch.with_columns(teacher_top_tokens=batch["teacher_top_tokens"][:, ::-1].copy())
+        return super().update(batch, step, passes)
 
 
 class ForgetsTheOptimizer(TorchTrainer):
@@ -152,6 +197,9 @@ class Rounds(TorchTrainer):
     [
         (Averages, "has_the_gradient_of_the_objective", "grad_norm is"),
         (Climbs, "learns", "it must rise"),
+        (TurnsAGradient, "moves_weights_against_their_gradients", "model.layers.1.mlp.up_proj.weight does not move"),
+        (ForgetsTheNorm, "saves_for_transformers", "model.norm.weight differs"),
+        (MistakesTheTokens, "gives_the_logprobs_of_the_teachers_tokens", "grad_norm is"),
         (ForgetsTheOptimizer, "continues_exactly_from_a_checkpoint", "differs"),
         (MovesTheReference, "keeps_the_reference", "after a step the reference differs"),
         (WrongTemperature, "gives_the_logprobs_of_the_model", "a log-probability differs"),
@@ -241,3 +289,24 @@ class OtherArchitecture(Qwen3):
 )
 def test_models(monkeypatch: pytest.MonkeyPatch, family: type, rule: str, fault: str) -> None:
     assert fault in str(faults(monkeypatch, rule, (ModelSpec, "qwen3"), ref=family))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "rule", "fault"),
+    [
+        (ForgetsTheNorm, "comes_back_from_a_trainer", "model.norm.weight differs"),
+        (WrongTemperature, "has_the_logprobs_of_transformers", "a log-probability differs"),
+    ],
+)
+def test_a_model_whose_trainer_gets_it_wrong(
+    monkeypatch: pytest.MonkeyPatch, trainer: type, rule: str, fault: str
+) -> None:
+    monkeypatch.setattr("miles_torch.trainer.TorchTrainer", trainer)
+    assert fault in str(faults(monkeypatch, rule, (ModelSpec, "qwen3"), ref=Qwen3))
+
+
+def test_every_rule_has_a_component_that_breaks_it() -> None:
+    kits = ("tests/test_model_kits.py", "miles-core/tests/test_kits.py")
+    tests = "".join((Path(__file__).parents[1] / path).read_text() for path in kits)
+    rules = {rule.__name__ for kind in declaration_kinds().values() for rule in rules_of(kind)}
+    assert {rule for rule in rules if f'"{rule}"' not in tests} == set()

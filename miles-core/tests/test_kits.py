@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from miles_core.errors import MissingExtraError, UserError
-from miles_core.plugins import Plugin
+from miles_core.plugins import Plugin, discover
 from miles_core.roles import AdvantageInputs, CorrectionInputs, CorrectionOutputs, LossInputs, LossOutputs
 from miles_core.run.rollouts import SingleTurn
 from miles_core.sample import Group, Prompt, Sample
@@ -398,6 +398,17 @@ class Again(Rollout):
         return await super().run(prompt, seeds, context)
 
 
+class Restless(Rollout):
+    """Never does the same twice."""
+
+    async def run(self, prompt: Prompt, seeds: Sequence[int], context: Any) -> Group:
+        return await super().run(prompt, [seed + next(NAMES) for seed in seeds], context)
+
+
+def test_a_rollout_must_be_a_function_of_its_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(broken(monkeypatch, RolloutSpec, Restless)) == {"gives_the_same_again"}
+
+
 def test_a_rollout_that_goes_on_after_an_abort_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "it asks for 6 completions for 3 samples" in str(broken(monkeypatch, RolloutSpec, Again))
 
@@ -448,7 +459,17 @@ def test_a_data_source_that_ignores_the_limit_is_found_out(monkeypatch: pytest.M
             super().__init__(options, context)
             self.limit = 100
 
-    assert "tokens, and 8 are allowed" in str(broken(monkeypatch, DataSourceSpec, Endless))
+    (fault,) = broken(monkeypatch, DataSourceSpec, Endless)["keeps_to_the_limit"]
+    assert "tokens, and 8 are allowed" in fault
+
+
+def test_a_data_source_must_be_a_function_of_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shuffled(Source):
+        def __init__(self, options: Any, context: Any) -> None:
+            super().__init__(options, context)
+            self.position = next(NAMES) % 5
+
+    assert "is_a_function_of_the_seed" in broken(monkeypatch, DataSourceSpec, Shuffled)
 
 
 # ---- Trackers and callbacks -----------------------------------------------------------------------------------------
@@ -462,6 +483,8 @@ def test_a_data_source_that_ignores_the_limit_is_found_out(monkeypatch: pytest.M
         ("Reading", {"survives_a_run_without_metrics"}),
         ("Locking", {"survives_a_run_that_fails"}),
         ("Fragile", {"survives_a_run_that_fails"}),
+        ("Strict", {"follows_a_run"}),
+        ("Endless", {"follows_a_run", "survives_a_run_without_metrics", "survives_a_run_that_fails"}),
     ],
 )
 def test_trackers(monkeypatch: pytest.MonkeyPatch, name: str, rules: set[str]) -> None:
@@ -485,6 +508,39 @@ def test_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert broken(monkeypatch, CallbackSpec, infinite, **trainer) == {
         "hears_a_run_in_a_trainer": ("the metric share is inf", "the metric share is inf")
     }
+
+
+def test_a_callback_beside_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = {"runs_on": frozenset({"rollout"})}
+    good = callback(weights_received=lambda self, version: None)
+    assert broken(monkeypatch, CallbackSpec, good, **rollout) == {}
+    proud = callback(weights_received=lambda self, version: [][version])
+    assert set(broken(monkeypatch, CallbackSpec, proud, **rollout)) == {"hears_a_run_beside_an_engine"}
+
+
+# ---- Recipes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("[schedule]\nsteps = 1\n", "model needs either `path` or `family`"),
+        ("[schedule\n", "recipe wrong, line 1: this is not valid TOML"),
+        ("[schdule]\nsteps = 1\n", "Did you mean 'schedule'"),
+    ],
+)
+def test_recipes(site: Any, text: str, fault: str) -> None:
+    hook = (
+        "@hookimpl\ndef miles_recipes():\n    yield RecipeSpec(name='wrong', ref='acme_parts:recipe.toml', summary='s')"
+    )
+    site.install("acme-recipe", hook)
+    (site.folder / "acme_parts").mkdir()
+    (site.folder / "acme_parts/__init__.py").touch()
+    (site.folder / "acme_parts/recipe.toml").write_text(text)
+    found = [case.run() for case in cases(discover().plugin("acme-recipe")) if case.record]
+    ((rule, faults),) = [(verdict.rule, verdict.faults) for verdict in found]
+    assert rule == "can_be_planned"
+    assert fault in str(faults)
 
 
 # ---- Examples, skips, limits ----------------------------------------------------------------------------------------

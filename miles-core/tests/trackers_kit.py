@@ -56,3 +56,21 @@ class Fragile(Tracker):
         if made_by.exists() and run.resumed is not None:
             assert made_by.read_text() == str(self.maker)
         made_by.write_text(str(self.maker))
+
+
+class Strict(Tracker):
+    """Hears of each step once."""
+
+    def __init__(self, options: Any, run: Any) -> None:
+        super().__init__(options, run)
+        self.last = -1
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        assert step > self.last
+        self.last = step
+
+
+class Endless(Tracker):
+    """Has no end."""
+
+    finish = None  # type: ignore[assignment]

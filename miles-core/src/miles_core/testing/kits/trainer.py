@@ -97,6 +97,23 @@ def _objective_faults(metrics: Mapping[str, float], model: Any, objective: Tenso
             yield f"{name} is {metrics[name]:.6g} and not {expected:.6g}"
 
 
+def moves_weights_against_their_gradients(subject: Subject[TrainerSpec]) -> Iterator[str]:
+    """After an optimizer step, every tensor has moved against the gradient that plain PyTorch gives it."""
+    batch, model = _batch(), make_model()
+    _plain_loss(batch_logprobs(model, batch), batch).backward()  # type: ignore[no-untyped-call]
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    least = 1e-4 * max(float(gradient.norm()) for gradient in gradients.values())
+    trainer = _trainer(subject)
+    before = _unpacked(trainer.export())
+    trainer.update(batch, 0, 1)
+    after = _unpacked(trainer.export())
+    trainer.stop()
+    for name in sorted(before.keys() & gradients.keys()):
+        along = float(((after[name] - before[name]) * gradients[name]).sum())
+        if along >= 0 and float(gradients[name].norm()) > least:
+            yield f"{name} does not move against its gradient"
+
+
 def learns(subject: Subject[TrainerSpec]) -> Iterator[str]:
     """An optimizer step on the same batch makes good tokens likelier and bad ones less likely."""
     trainer, batch = _trainer(subject), _batch()
@@ -354,6 +371,7 @@ def _unpacked(buckets: Any) -> dict[str, Tensor]:
 RULES = (
     gives_the_logprobs_of_the_model,
     has_the_gradient_of_the_objective,
+    moves_weights_against_their_gradients,
     gives_the_logprobs_of_the_teachers_tokens,
     learns,
     keeps_the_reference,
