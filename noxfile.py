@@ -11,7 +11,8 @@ import shutil
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import nox
@@ -25,10 +26,12 @@ MEMBERS = sorted(
 )
 EXAMPLE = Path("docs/examples/acme-suffix-reward")
 """A plugin from outside, which knows nothing of this repository."""
+MEMBER = {member.name: member for member in MEMBERS}
+NAMES = list(MEMBER)
 CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
 # Installed first, so that nothing is built in an environment of its own; setuptools is for what has no wheel on PyPI.
 BUILDERS = ("editables", "hatchling", "setuptools")
-EXTRAS = {"miles-trackers": "[mlflow,tensorboard,wandb]"}
+EXTRAS = {"miles-core": "[testing]", "miles-trackers": "[mlflow,tensorboard,wandb]"}
 """What is tested of a distribution beyond what it needs."""
 # megatron-core 0.19 declares Python 3.12, but its wheel for 3.11 works; so it needs a call of its own.
 UNDECLARED = ("megatron-core", "psutil")
@@ -108,36 +111,49 @@ def package(session: nox.Session) -> None:
 
     Without arguments, all of them together too, with the plugin of docs/examples, which trains there.
     """
-    shutil.rmtree(session.create_tmp())
-    wheels = Path(session.create_tmp()) / "wheels"
-    # pip makes a wheel of each distribution and brings one of everything that they depend on; uv then installs from
-    # that folder alone, by hard links, so that an environment for each distribution costs seconds.
-    folders = [f"./{member}" for member in MEMBERS]
-    run(session, "pip", "wheel", "-qq", "--no-build-isolation", *CONSTRAINTS, "-w", wheels, *folders)
-    names = session.posargs or [member.name for member in MEMBERS]
-    for name in names:
-        try_wheels(session, wheels, [name])
-    if not session.posargs:
-        run(session, "pip", "wheel", "-qq", "--no-build-isolation", "--no-deps", "-w", wheels, f"./{EXAMPLE}")
-        environment = try_wheels(session, wheels, [*names, EXAMPLE.name])
-        run(session, "pytest", "tests/test_third_party.py", MILES_WHEELS=str(environment))
-    shutil.rmtree(session.create_tmp())  # gigabytes; left for a look only if something fails
+    names = session.posargs or NAMES
+    with gathered(session, CONSTRAINTS, [f"./{member}" for member in MEMBERS]) as wheels:
+        for name in names:
+            try_wheels(session, wheels, [name])
+        if not session.posargs:
+            run(session, "pip", "wheel", "-qq", "--no-build-isolation", "--no-deps", "-w", wheels, f"./{EXAMPLE}")
+            environment = try_wheels(session, wheels, [*names, EXAMPLE.name])
+            run(session, "pytest", "tests/test_third_party.py", MILES_WHEELS=str(environment))
 
 
 def try_wheels(session: nox.Session, wheels: Path, names: list[str]) -> Path:
-    """Install `names` into a new environment from `wheels` and import, list and check them there; its folder."""
-    environment = Path(session.create_tmp()) / ("all" if len(names) > 1 else names[0])
+    """Import, list and check `names` where nothing else is; the environment's folder."""
+    environment = from_wheels(session, wheels, names)
+    session.run(environment / "bin" / "miles", "plugins", "list", external=True)
+    session.run(environment / "bin" / "miles", "plugins", "check", external=True)
+    return environment
+
+
+@contextmanager
+def gathered(session: nox.Session, constraints: Sequence[str], wanted: Sequence[str]) -> Iterator[Path]:
+    """A folder with one wheel of each of `wanted` and of everything that they depend on.
+
+    pip fills it; uv then makes environments from it alone, by hard links, so that each costs seconds.
+    """
+    shutil.rmtree(session.create_tmp())
+    wheels = Path(session.create_tmp()).resolve() / "wheels"
+    run(session, "pip", "wheel", "-qq", "--no-build-isolation", *constraints, "-w", wheels, *wanted)
+    yield wheels
+    shutil.rmtree(session.create_tmp())  # gigabytes; left for a look only if something fails
+
+
+def from_wheels(session: nox.Session, wheels: Path, names: Sequence[str], *more: str) -> Path:
+    """A new environment with `names` and `more` and what they depend on; every module of `names` is imported there."""
+    environment = wheels.parent / ("all" if len(names) > 1 else names[0])
     run(session, "uv", "venv", "-q", "--clear", environment)
     python = environment / "bin" / "python"
     # A cache of its own: uv knows a wheel again by its name, and ours keep their names when they change.
     where = ("--offline", "--no-index", "--find-links", wheels, "--cache-dir", wheels.parent / "cache")
-    run(session, "uv", "pip", "install", "-q", *where, "--python", python, *names)
+    run(session, "uv", "pip", "install", "-q", *where, "--python", python, *names, *more)
     # Isolated (-I): neither the working folder nor PYTHONPATH may lend a module that the wheel lacks.
     packages = [name.replace("-", "_") for name in names]
     session.run(python, "-I", ROOT / "tests" / "import_all.py", *packages, external=True)
-    session.run(environment / "bin" / "miles", "plugins", "list", external=True)
-    session.run(environment / "bin" / "miles", "plugins", "check", external=True)
-    return environment.resolve()
+    return environment
 
 
 @nox.session(reuse_venv=True, requires=["workspace"])
@@ -171,34 +187,42 @@ def try_template(session: nox.Session, kind: str, folder: Path) -> None:
     python("pip", "uninstall", "-qy", name)
 
 
-@nox.session(default=False)
+@nox.session(default=False, venv_backend="none", requires=["workspace"])
 def alone(session: nox.Session) -> None:
-    """One plugin with nothing but what it declares: `nox -s alone -- miles-grpo`. Runs its contract tests."""
-    try_alone(session, CONSTRAINTS)
+    """The contract tests of each plugin with nothing but what it declares: `nox -s alone -- miles-grpo` for one.
+
+    Those that need more, such as torch, are skipped with that reason.
+    """
+    try_contracts(session, CONSTRAINTS, session.posargs or NAMES, {})
 
 
-@nox.session(default=False)
+@nox.session(default=False, venv_backend="none", requires=["workspace"])
 def minimums(session: nox.Session) -> None:
-    """One plugin with the lowest versions that it declares: `nox -s minimums -- miles-grpo`."""
-    lowest = Path(session.create_tmp()).resolve() / "lowest.txt"
-    for name in session.posargs:
-        lowest.write_text("".join(f"{line}\n" for line in sorted(floors(name))))
-        try_alone(session, ("-c", str(lowest)), [name])
+    """The contract tests of each plugin with the lowest versions that it declares: `nox -s minimums -- miles-grpo`.
+
+    Extras are installed too, so that what needs torch runs.
+    """
+    names = session.posargs or NAMES
+    lowest = Path(session.create_tmp()).parent.resolve() / "lowest.txt"
+    lowest.write_text("\n".join(sorted({line for name in (*names, "miles-core") for line in floors(name)})))
+    try_contracts(session, ("-c", str(lowest)), names, EXTRAS)
 
 
-def try_alone(session: nox.Session, constraints: Sequence[str], names: Sequence[str] | None = None) -> None:
-    """A fresh environment for each of the distributions, and their contract tests in it; those that need what is not
-    there, such as torch, are skipped with that reason."""
-    for name in names or session.posargs:
-        (member,) = (member for member in MEMBERS if member.name == name)
-        ours = [f"./{member}", *(f"./{other}" for other in MEMBERS if other.name in requirements(member))]
-        session.run("python", "-m", "venv", "--clear", f".nox/alone/{name}", external=True)
-        python = f".nox/alone/{name}/bin/python"
-        wanted = (*constraints, *ours, "hypothesis", "pytest", "pytest-timeout")
-        session.run(python, "-m", "pip", "install", "-q", *wanted, external=True)
-        session.run(python, "-I", "tests/import_all.py", name.replace("-", "_"), external=True)
-        tests = f"{member}/tests/test_contract.py"
-        session.run(python, "-m", "pytest", "-q", tests, env={"OMP_NUM_THREADS": "1"}, external=True)
+def try_contracts(
+    session: nox.Session, constraints: Sequence[str], names: Sequence[str], extras: Mapping[str, str]
+) -> None:
+    """An environment for each of the distributions, with its extras and miles-core's, and its contract tests in it."""
+    tools = ("hypothesis", "pytest", "pytest-timeout")
+    needed = {other for name in names for other in (name, *requirements(MEMBER[name])) if other in MEMBER}
+    folders = [f"./{MEMBER[name]}{extras.get(name, '')}" for name in sorted(needed)]
+    with gathered(session, constraints, [*folders, *tools]) as wheels:
+        for name in names:
+            more = [f"{other}{extra}" for other, extra in extras.items() if other in (name, "miles-core")]
+            python = from_wheels(session, wheels, [name], *more, *tools) / "bin" / "python"
+            if "miles-core" in extras:  # what a rule may take shall not be spent on the first import from a cold disk
+                session.run(python, "-c", "import torch, transformers", external=True)
+            tests = f"{MEMBER[name]}/tests/test_contract.py"
+            session.run(python, "-m", "pytest", "-q", tests, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 
 def requirements(member: Path) -> dict[str, Requirement]:
@@ -212,11 +236,13 @@ def requirements(member: Path) -> dict[str, Requirement]:
 
 
 def floors(name: str) -> Iterator[str]:
-    """The lowest versions, as constraints, of everything from elsewhere that the distribution `name` declares."""
-    (member,) = (member for member in MEMBERS if member.name == name)
-    own = {other.name for other in MEMBERS}
-    for requirement in requirements(member).values():
-        if requirement.name not in own:
+    """The lowest versions, as constraints, of everything from elsewhere that the distribution `name` declares, with the
+    extras that are tested."""
+    project = tomllib.loads((ROOT / MEMBER[name] / "pyproject.toml").read_text())["project"]
+    optional = project.get("optional-dependencies", {})
+    tested = [text for extra, texts in optional.items() if extra in EXTRAS.get(name, "") for text in texts]
+    for requirement in (*requirements(MEMBER[name]).values(), *map(Requirement, tested)):
+        if requirement.name not in MEMBER:
             (lowest,) = (each.version for each in requirement.specifier if each.operator == ">=")
             yield f"{requirement.name}=={lowest}"
 
