@@ -44,6 +44,7 @@ def miles_callbacks():
 def miles_rewards():
     yield RewardSpec(name="even", ref="miles_probe:Even", summary="The share of even letters.")
     yield RewardSpec(name="broken", ref="miles_probe:Broken", summary="Always raises.")
+    yield RewardSpec(name="patchy", ref="miles_probe:Patchy", summary="Not a number for every first sample.")
 
 
 class Even:
@@ -51,6 +52,12 @@ class Even:
 
     def score(self, samples):
         return [sum(ord(letter) % 2 == 0 for letter in sample.text) / max(len(sample.text), 1) for sample in samples]
+
+
+class Patchy(Even):
+    def score(self, samples):
+        scores = super().score(samples)
+        return [float("nan") if sample.index == 0 else score for sample, score in zip(samples, scores)]
 
 
 class Broken:

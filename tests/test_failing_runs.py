@@ -130,6 +130,15 @@ def test_a_reward_that_always_raises_ends_the_run_with_its_traceback(miles: Mile
     assert 'raise LookupError("no such verifier")' in ended.err
 
 
+def test_a_reward_that_is_not_a_number_now_and_then_is_counted_and_spoils_nothing(miles: Miles) -> None:
+    ended = miles.run("train", "run.toml", "reward.name=patchy", "schedule.samples_per_prompt=3", "schedule.steps=2")
+    assert (ended.code, ended.err, ended.left_over) == (0, "", [])
+    for line in miles.metrics("run"):
+        assert line["failed"] == 4, "one sample of each prompt"
+        assert None not in line.values(), "a number that is not finite"
+        assert 8 <= line["trained_tokens"] <= 2 * 4 * 8
+
+
 def test_bad_data_ends_the_run_before_it_begins_and_leaves_no_folder(miles: Miles) -> None:
     with (miles.folder / "data.jsonl").open("a") as file:
         file.write('{"prompt": "1 + 1 =", "answer": \n')
