@@ -210,7 +210,7 @@ def exported(trainer: Any) -> dict[str, np.ndarray[Any, Any]]:
 
 def one_by_one(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Experts by themselves, as in files; transformers holds them together."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, tensor in weights.items():
         for number, expert in enumerate(tensor) if ".experts." in name and tensor.ndim == 3 else ():
             base = name.rpartition(".")[0] + f".{number}"

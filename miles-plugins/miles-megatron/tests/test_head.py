@@ -31,6 +31,8 @@ def expected(temperature: float) -> list[torch.Tensor]:
     table = (hidden @ weight[:VOCABULARY].t() / temperature).log_softmax(-1)
     logprobs, entropy = table.gather(1, targets[:, None])[:, 0], -(table.exp() * table).sum(-1)
     (scale[0] * logprobs + scale[1] * entropy).sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
     return [logprobs, entropy, hidden.grad, weight.grad]
 
 
@@ -42,7 +44,10 @@ def computed(temperature: float, group: object = None, rank: int = 0, ranks: int
     logprobs, entropy = token_logprobs(
         hidden, own, targets, vocabulary=VOCABULARY, temperature=temperature, entropy=True, group=group
     )
+    assert entropy is not None
     (scale[0] * logprobs + scale[1] * entropy).sum().backward()
+    assert hidden.grad is not None
+    assert own.grad is not None
     return [logprobs.detach(), entropy.detach(), hidden.grad, own.grad]
 
 

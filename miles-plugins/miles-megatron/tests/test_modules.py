@@ -39,9 +39,10 @@ def cool_router(*args: Any, **kwargs: Any) -> Any:
     """A router that halves its logits."""
     from megatron.core.transformer.moe.router import TopKRouter
 
-    class Cool(TopKRouter):
+    class Cool(TopKRouter):  # type: ignore[misc]
         def gating(self, hidden: torch.Tensor) -> torch.Tensor:
-            return super().gating(hidden) / 2
+            logits: torch.Tensor = super().gating(hidden)
+            return logits / 2
 
     return Cool(*args, **kwargs)
 
