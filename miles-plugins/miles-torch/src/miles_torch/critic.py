@@ -62,7 +62,8 @@ def _without_head(model: Any) -> int:
 
 
 def _head(width: int, seed: int) -> nn.Linear:
-    head: nn.Linear = nn.utils.skip_init(nn.Linear, width, 1, bias=False)  # draws nothing from the process's generator
+    # Draws nothing from the generator of the process.
+    head: nn.Linear = nn.utils.skip_init(nn.Linear, width, 1, bias=False)  # type: ignore[no-untyped-call]
     nn.init.normal_(head.weight, std=1 / (width + 1), generator=torch.Generator().manual_seed(seed))
     return head
 
