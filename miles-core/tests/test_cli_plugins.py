@@ -15,6 +15,7 @@ import pytest
 
 from miles_core.cli.main import COMMANDS
 from miles_core.declarations import declaration_kinds
+from miles_core.lifecycle import lifecycle
 from miles_core.plugins import discover
 from miles_core.specs import CommandSpec
 from miles_core.testing.checks import RULES, cases
@@ -450,6 +451,83 @@ def test_hooks_says_family_age_and_who_implements_each(site: Any) -> None:
     assert lines["model_built"] == ["trainer", "0.1"]
     assert lines["engine_started"] == ["rollout", "0.1"]
     assert "acme-lame: acme_absent:Back cannot be loaded" in done.stderr
+
+
+CALLBACKS = """
+@hookimpl
+def miles_callbacks():
+    both = frozenset({"driver", "trainer"})
+    yield CallbackSpec(name="one", ref="acme_heard:One", summary="s", runs_on=both)
+    yield CallbackSpec(name="two", ref="acme_heard:Two", summary="s", runs_on=both)
+    yield CallbackSpec(name="late", ref="acme_heard:Late", summary="s", runs_on=frozenset({"driver"}))
+"""
+BACK = """
+from miles_core import hookimpl
+
+class One:
+    def __init__(self, options): ...
+    def step_end(self, step): print("one", step)
+    def model_built(self, model): ...
+
+class Two(One):
+    def step_end(self, step): print("two", step)
+
+class Late(One):
+    @hookimpl(trylast=True)
+    def step_end(self, step): print("late", step)
+"""
+RUN = """
+[schedule]
+steps = 1
+prompts_per_step = 1
+samples_per_prompt = 2
+[model]
+family = "qwen3"
+[data]
+name = "jsonl"
+path = "data.jsonl"
+[reward]
+name = "exact"
+[engine]
+name = "torch"
+[trainer]
+name = "torch"
+[loss]
+name = "grpo"
+[advantage]
+name = "grpo"
+"""
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "driver", "trainer"),
+    [
+        (["one", "two"], ["one", "two"], ["one", "two"]),
+        (["two", "one"], ["two", "one"], ["two", "one"]),
+        (["late", "two", "one", "two"], ["two", "one", "two", "late"], ["two", "one", "two"]),
+    ],
+)
+def test_hooks_of_a_run_are_in_the_order_in_which_they_are_called(
+    site: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, callbacks: Any, driver: Any, trainer: Any
+) -> None:
+    pytest.importorskip("miles_grpo")
+    pytest.importorskip("miles_torch")
+    site.install("acme-back", CALLBACKS, acme_heard=BACK)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n')
+    (tmp_path / "run.toml").write_text(RUN)
+    monkeypatch.chdir(tmp_path)
+    done = site.run("plugins", "hooks", "run.toml", f"callbacks={json.dumps(callbacks)}")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(maxsplit=3) for line in done.stdout.splitlines()]
+    qualified = [", ".join(f"acme-back:{name}" for name in names) for names in (driver, trainer)]
+    assert lines == [
+        ["Hook", "Family", "Since", "Called, in this order"],
+        ["step_end", "driver", "0.1", qualified[0]],
+        ["model_built", "trainer", "0.1", qualified[1]],
+    ]
+    made = [getattr(importlib.import_module("acme_heard"), name.capitalize())(None) for name in callbacks]
+    lifecycle("driver", made).step_end(run=None, step=7, metrics={})
+    assert capsys.readouterr().out.split() == [word for name in driver for word in (name, "7")]
 
 
 # ---- The group: commands of plugins, options, exit codes -----------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import pluggy
@@ -51,14 +51,14 @@ _PLAIN: Mapping[str, Any] = {
 }
 
 
-def register(manager: pluggy.PluginManager, plugin: object) -> list[str]:
+def register(manager: pluggy.PluginManager, plugin: object, name: str | None = None) -> list[str]:
     """Registers, and returns what is deprecated of what the plugin implements, in words: pluggy's warnings.
 
     They are caught because nobody sees them otherwise, or, under `python -W error`, nobody sees anything else.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        manager.register(plugin)
+        manager.register(plugin, name)
     return [str(warning.message) for warning in caught]
 
 
@@ -78,6 +78,19 @@ def lifecycle(role: Role, objects: Iterable[object]) -> Any:
         check_callback(type(item))
         register(manager, item)
     return manager.hook
+
+
+def call_order(role: Role, callbacks: Sequence[type]) -> dict[str, list[int]]:
+    """Lifecycle hook -> the places in `callbacks` of those that hear it, in the order in which `lifecycle` calls them.
+
+    That is the given order, unless a method asks pluggy to be called first or last.
+    """
+    manager = _Lifecycle(role)
+    for place, callback in reversed(list(enumerate(callbacks))):
+        check_callback(callback)
+        register(manager, type(callback.__name__, (callback,), {}), str(place))  # its own class: it may be there twice
+    heard = {hook: getattr(manager.hook, hook).get_hookimpls() for hook in manager.hooks}
+    return {hook: [int(one.plugin_name) for one in reversed(found)] for hook, found in heard.items()}
 
 
 def check_callback(callback: type) -> None:

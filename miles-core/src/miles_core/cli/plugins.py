@@ -20,7 +20,7 @@ from miles_core.cli.console import table
 from miles_core.declarations import declaration_kinds, deprecations
 from miles_core.errors import PluginError
 from miles_core.hooks import DeclarationHooks
-from miles_core.lifecycle import LIFECYCLE, lifecycle_hooks
+from miles_core.lifecycle import LIFECYCLE, call_order, lifecycle_hooks
 from miles_core.plugins import Catalog, Plugin, Status, discover, leads_nowhere, one_line, options_of, resolve
 from miles_core.specs import CallbackSpec, RecipeSpec, Spec
 
@@ -297,8 +297,17 @@ def new(name: str, kind: str, folder: Path | None) -> None:
 
 
 @plugins.command()
-def hooks() -> None:
-    """List every hook: its family, since which release it exists, and who implements it."""
+@click.argument("target", metavar="[FILE_OR_RECIPE]", required=False)
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+def hooks(target: str | None, overrides: tuple[str, ...]) -> None:
+    """List every hook: its family, since which release it exists, and who implements it.
+
+    With a run file or a recipe, list the hooks that its callbacks hear, and who hears each, in the order of the calls.
+    """
+    if target is not None:
+        rows = list(_heard_in_run(target, overrides))
+        table(("Hook", "Family", "Since", "Called, in this order"), rows)
+        return
     catalog = discover()
     rows = [
         (hook, "declaration", _since(vars(DeclarationHooks)[hook]), _declarers(catalog, kind))
@@ -310,6 +319,20 @@ def hooks() -> None:
             names = [name for name, callback in heard.items() if hasattr(callback, hook)]
             rows.append((hook, role, _since(spec), ", ".join(names)))
     table(("Hook", "Family", "Since", "Implemented by"), rows)
+
+
+def _heard_in_run(target: str, overrides: tuple[str, ...]) -> Iterator[tuple[str, str, str, str]]:
+    from miles_core.config.layers import open_catalog
+    from miles_core.run.plan import make_plan
+
+    plan = make_plan(target, overrides, open_catalog(target, overrides))
+    for role in LIFECYCLE:
+        chosen = [one for one in plan.callbacks if isinstance(one.spec, CallbackSpec) and role in one.spec.runs_on]
+        order = call_order(role, [resolve(one.spec.ref) for one in chosen])
+        for hook, places in order.items():
+            if places:
+                names = ", ".join(f"{chosen[place].plugin}:{chosen[place].spec.name}" for place in places)
+                yield hook, role, _since(lifecycle_hooks(role)[hook]), names
 
 
 def _since(spec: Any) -> str:
