@@ -123,6 +123,7 @@ def test_a_critic_on_ranks_of_its_own_gives_the_same_run(miles: Miles, shared: E
     assert (miles.folder / "runs/own/logs/critic-1.log").exists()
 
 
+@pytest.mark.timeout(900)
 def test_an_interrupted_run_with_a_critic_resumes_bit_for_bit(miles: Miles, shared: Ended) -> None:
     folder = miles.folder / "runs/cut"
     begin = ["train", "ppo.toml", "name=cut"]
