@@ -68,9 +68,11 @@ def reshard(policy: nn.Module) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, without gradient. A collective if it is sharded."""
+    """The full tensor, without gradient. A collective if it is sharded over several ranks."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor() if tensor.device_mesh.size() > 1 else tensor.to_local()
 
 
 def local(tensor: Tensor) -> Tensor:
