@@ -54,4 +54,5 @@ def token_logprobs(
     """
     several = targets[:, None] if targets.dim() == 1 else targets
     picked, spread = _TokenLogprobs.apply(logits, several, temperature, entropy)  # type: ignore[no-untyped-call]
-    return picked.view_as(targets), spread if entropy else None
+    # A tensor of its own, because FSDP2 puts hooks on what a module returns, and those of a view can be lost.
+    return picked.view_as(targets).clone(), spread if entropy else None

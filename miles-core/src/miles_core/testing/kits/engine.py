@@ -150,8 +150,7 @@ def _paused(subject: Subject[EngineSpec], mode: PauseMode) -> tuple[Completion, 
 
 
 def scores_given_tokens(subject: Subject[EngineSpec]) -> Iterator[str]:
-    """If it has the feature "scores": with the weights of its folder, log-probabilities of given tokens and of the
-    likeliest ones are transformers' own, at the temperature."""
+    """If it scores: log-probabilities of given tokens and of the likeliest ones are those of transformers."""
     import torch
 
     if "scores" not in subject.spec.features:

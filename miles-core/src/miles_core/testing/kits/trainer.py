@@ -65,8 +65,7 @@ def has_the_gradient_of_the_objective(subject: Subject[TrainerSpec]) -> Iterator
 
 
 def gives_the_logprobs_of_the_teachers_tokens(subject: Subject[TrainerSpec]) -> Iterator[str]:
-    """If its record says `top_logprobs`: a loss gets the policy's log-probabilities of the teacher's likeliest tokens,
-    at the temperature, with their gradient."""
+    """If its record says `top_logprobs`: a loss gets those of the teacher's likeliest tokens, with their gradient."""
     import torch
 
     if not subject.spec.top_logprobs:
@@ -185,8 +184,7 @@ def saves_for_transformers(subject: Subject[TrainerSpec]) -> Iterator[str]:
 
 
 def knows_values_before_their_tokens(subject: Subject[TrainerSpec]) -> Iterator[str]:
-    """If it has a critic: values are finite, 0 where masked, the same for a sample alone and among others, and do not
-    depend on their own token or later ones."""
+    """If it has a critic: values are finite, 0 where masked, and know neither other samples nor what comes later."""
     critic, batch = _critic(subject), _batch()
     column = critic.values(batch, 0)
     alone = [critic.values(batch.select([sample]), 0) for sample in range(len(batch))]
@@ -243,8 +241,7 @@ def continues_its_critic_exactly_from_a_checkpoint(subject: Subject[TrainerSpec]
 
 
 def hands_the_policys_weights_to_its_critic(subject: Subject[TrainerSpec]) -> Iterator[str]:
-    """If it has a critic: with the weights that a policy has saved for transformers, it gives the values of a critic
-    that was started from them."""
+    """If it has a critic: with a saved policy's weights it gives the values of one that was started from them."""
     batch = _batch()
     save_model(make_model(seed=5), subject.folder / "policy")
     critic = _critic(subject)
