@@ -20,6 +20,7 @@ from miles_core.scaffold import new_plugin
 NAME = "acme-suffix-reward"
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs" / "examples" / NAME
+NOT_ITS_OWN = {"__pycache__", "dist", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
 WRITTEN_BY_HAND = {
     "README.md", "pyproject.toml", "run.toml", "sums.jsonl", "src/acme_suffix_reward/__init__.py",
     "src/acme_suffix_reward/options.py", "src/acme_suffix_reward/reward.py", "tests/test_acme_suffix_reward.py",
@@ -27,7 +28,7 @@ WRITTEN_BY_HAND = {
 
 
 def files(folder: Path) -> Mapping[str, str]:
-    found = (path for path in folder.rglob("*") if path.is_file() and not {"__pycache__", "dist"} & {*path.parts})
+    found = (path for path in folder.rglob("*") if path.is_file() and not NOT_ITS_OWN & {*path.parts})
     return {str(path.relative_to(folder)): path.read_text() for path in found}
 
 
