@@ -10,6 +10,8 @@ from commands import Outcome, Workshop, blocks, matches, rewritten
 
 from miles_core.run.trackers import read_metrics
 
+pytestmark = pytest.mark.timeout(1800)  # the first page of a chain pays for the runs of those before it
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [

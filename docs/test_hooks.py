@@ -23,6 +23,8 @@ from miles_core.run.plan import make_plan
 from miles_core.testing.checks import check
 from miles_core.testing.fakes import make_group, make_run, make_sample
 
+pytestmark = pytest.mark.timeout(900)
+
 HOOKS = Path(__file__).parent / "hooks"
 NAMES = [*declaration_kinds(), *(hook for role in LIFECYCLE for hook in lifecycle_hooks(role))]
 
@@ -126,7 +128,7 @@ def miles(site: Path, *args: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
 

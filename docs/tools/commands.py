@@ -27,7 +27,8 @@ from pathlib import Path
 HOME = "/home/you"
 """What pages call the folder in which their commands run."""
 ANY = "…"
-LIMIT_S = 240
+LIMIT_S = 600
+"""Seconds that a command may take."""
 
 _FENCE = re.compile(
     r"(?:^ *<!-- (?P<note>[^\n]*?) -->\n+)?"
