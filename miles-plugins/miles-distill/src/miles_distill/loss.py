@@ -28,7 +28,7 @@ import math
 from typing import TYPE_CHECKING
 
 from miles_core.roles import LossInputs, LossOutputs
-from miles_distill.options import Distill, Tail
+from miles_distill.options import Distill
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,17 +45,17 @@ def distill(inputs: LossInputs, options: Distill) -> LossOutputs:
         "policy_mass": inputs.top_logprobs.detach().exp().sum(-1),
         "teacher_mass": inputs.teacher_top_logprobs.exp().sum(-1),
     }
-    policy, teacher = (_parts(each, options.tail) for each in (inputs.top_logprobs, inputs.teacher_top_logprobs))
+    policy, teacher = (_parts(each, options) for each in (inputs.top_logprobs, inputs.teacher_top_logprobs))
     losses = [_divergence(ours, theirs, options) for ours, theirs in zip(policy, teacher, strict=True)]
     return LossOutputs(losses=losses[0] if len(losses) == 1 else losses[0] + losses[1], metrics=metrics)
 
 
-def _parts(logprobs: Tensor, tail: Tail) -> tuple[Tensor, ...]:
+def _parts(logprobs: Tensor, options: Distill) -> tuple[Tensor, ...]:
     """The log-probabilities that are compared: [T, K], and with the bucket [T, 1]."""
-    if tail == "drop":
+    if options.tail == "drop":
         return (logprobs,)
     total = logprobs.logsumexp(-1, keepdim=True)
-    if tail == "renormalise":
+    if options.tail == "renormalise":
         return (logprobs - total,)
     return logprobs, (-total.clamp(max=LARGEST_TOTAL).expm1()).log()
 

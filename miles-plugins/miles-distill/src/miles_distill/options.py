@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Tail = Literal["bucket", "renormalise", "drop"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseKL:
@@ -38,15 +36,14 @@ class ReverseKL:
 class Distill:
     """top_k: how many of the teacher's likeliest tokens are compared. divergence: "reverse" is KL(policy || teacher),
     "forward" KL(teacher || policy), "jsd" the generalised Jensen-Shannon divergence with weight `beta` of the teacher.
-    tail: what becomes of all other tokens: one "bucket" (TRL's loss_add_tail), nothing, with both distributions made to
-    sum to 1 without them ("renormalise": TRL without it), or nothing at all ("drop": verl), which only the forward
-    divergence can do with.
+    tail: what becomes of all other tokens. "bucket" makes one of them (TRL's loss_add_tail); "renormalise" leaves them
+    out and makes what remains sum to 1 (TRL without it); "drop" leaves them out, and is for "forward" alone (verl).
     """
 
     top_k: int = 64
     divergence: Literal["reverse", "forward", "jsd"] = "reverse"
     beta: float = 0.5
-    tail: Tail = "bucket"
+    tail: Literal["bucket", "renormalise", "drop"] = "bucket"
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
