@@ -41,16 +41,30 @@ def falls(steps: list[Any]) -> bool:
     return fmean(step["teacher_kl"] for step in steps[-3:]) < steps[0]["teacher_kl"] / 3
 
 
+STAGES = """
+[[stages]]
+name = "sampled"
+advantage = "reverse-kl"
+loss = "reinforce"
+schedule = { steps = 7, prompts_per_step = 8, samples_per_prompt = 4 }
+[[stages]]
+name = "distributions"
+loss = { name = "distill", top_k = 80 }
+schedule = { steps = 7, prompts_per_step = 8, samples_per_prompt = 4 }
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("text", [SAMPLED, TOP_K], ids=["sampled", "top-k"])
-def test_a_student_distils_from_a_teacher(miles: Miles, text: str) -> None:
-    """As a person starts it, by Ray, with two engines for the teacher."""
-    (miles.folder / "distil.toml").write_text(RUN + text)
+def test_a_student_distils_from_a_teacher(miles: Miles) -> None:
+    """As a person starts it, by Ray, with two engines for the teacher: from sampled tokens, then from distributions."""
+    (miles.folder / "distil.toml").write_text(RUN + STAGES)
     ended = miles.run("train", "distil.toml", "name=distil", "teacher.engine.count=2")
     assert (ended.code, ended.err, ended.left_over) == (0, "", [])
     steps = [line for line in miles.metrics("distil") if "loss" in line]
+    assert fmean(step["teacher_kl"] for step in steps[5:8]) < 0.8 * steps[0]["teacher_kl"]
     assert falls(steps)
     assert all(step["seconds/teacher"] > 0 for step in steps)
+    assert all(0.5 < step["teacher_mass"] <= 1 for step in steps[7:])
     assert {"teacher-0.log", "teacher-1.log"} <= {log.name for log in (miles.folder / "runs/distil/logs").iterdir()}
 
 
