@@ -21,15 +21,15 @@ import ray
 from miles_core.cluster import members
 from miles_core.cluster.session import Member
 from miles_core.config.model import load_family
-from miles_core.config.schema import Component, RewardSection
-from miles_core.plugins import Catalog, resolve
+from miles_core.config.schema import Component, Plan, RewardSection
+from miles_core.plugins import Catalog, discover, resolve
 from miles_core.roles import Bucket
-from miles_core.run import collector, driver
+from miles_core.run import checkpoint, collector, driver
 from miles_core.run.model import prepare_model
-from miles_core.run.plan import make_plan, write_run_files
-from miles_core.run.trackers import read_metrics
+from miles_core.run.plan import load_plan, make_plan, write_run_files
+from miles_core.run.trackers import forget_after, read_metrics
 from miles_core.sample import Group, Sample
-from miles_core.specs import ModelSpec, WeightSyncSpec
+from miles_core.specs import ModelSpec, RewardSpec, Spec, WeightSyncSpec
 
 
 def train(
@@ -37,18 +37,31 @@ def train(
 ) -> list[Mapping[str, Any]]:
     """`miles train TARGET FLAGS`, to its end; the metrics of its steps."""
     plan = make_plan(target, flags, catalog)
+    family = load_family(catalog.get(ModelSpec, plan.model.family)) if plan.model.family else None
+    write_run_files(plan, plan.folder)
+    model = prepare_model(plan.model, family, plan.folder / "model")
+    return _drive(plan, model, None, monkeypatch)
+
+
+def resume(folder: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
+    """`miles resume FOLDER`; the metrics of all steps."""
+    plan, last = load_plan(folder, catalog), checkpoint.all_of(folder)[-1]
+    forget_after(folder, last.step)
+    return _drive(plan, folder / "model", last, monkeypatch)
+
+
+def _drive(
+    plan: Plan, model: Path, resumed: checkpoint.Checkpoint | None, monkeypatch: pytest.MonkeyPatch
+) -> list[Mapping[str, Any]]:
     if plan.sync is not None:
         plan = replace(plan, sync=Component(spec=_SYNC, plugin="test"))
     for component in filter(None, (plan.trainer, plan.engine)):
         resolve(component.spec.ref)  # two threads that import transformers at once trip over each other
-    family = load_family(catalog.get(ModelSpec, plan.model.family)) if plan.model.family else None
-    write_run_files(plan, plan.folder)
-    model = prepare_model(plan.model, family, plan.folder / "model")
     monkeypatch.setattr(driver, "Session", _Session)
     monkeypatch.setattr(collector, "Scorer", _Scorer)
     monkeypatch.setattr(ray, "put", lambda value: value)
     monkeypatch.setattr(members._Process, "_enter", lambda self: None)
-    asyncio.run(driver.drive(plan, model, None, _Silence()))  # type: ignore[arg-type]
+    asyncio.run(driver.drive(plan, model, resumed, _Silence()))  # type: ignore[arg-type]
     return [metrics for _, metrics in read_metrics(plan.folder) if "stage" in metrics]
 
 
@@ -144,6 +157,18 @@ class Even:
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
         return [sum(ord(letter) % 2 == 0 for letter in sample.text) / max(len(sample.text), 1) for sample in samples]
+
+
+def catalog(*more: Spec) -> Catalog:
+    """What is installed, with the reward `even` and other records, which miles-core seems to offer."""
+    installed = discover()
+    even = RewardSpec(name="even", ref=f"{__name__}:Even", summary="The share of even letters.")
+    return Catalog(
+        tuple(
+            replace(plugin, records=(*plugin.records, even, *more)) if plugin.name == "miles-core" else plugin
+            for plugin in installed.plugins
+        )
+    )
 
 
 # ---- Weights from hand to hand --------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from run_kit import MODEL
 from safetensors.torch import load_file
 
 from miles_core.errors import RunError
-from miles_core.plugins import discover
-from miles_core.specs import RewardSpec, RolloutSpec
+from miles_core.specs import RolloutSpec
 from miles_torch.model import load, weights
 
 RUN = (
@@ -52,22 +50,13 @@ ALGORITHMS: Mapping[str, list[str]] = {
 
 def train(rollout: str, algorithm: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
     """The metrics of a run with one of the rollouts of `spoiled`."""
-    installed = discover()
-    even = RewardSpec(name="even", ref="one_process:Even", summary="The share of even letters.")
     spoiled = RolloutSpec(name="spoiled", ref=f"spoiled:{rollout}", summary="Does something wrong.")
-    catalog = replace(
-        installed,
-        plugins=tuple(
-            replace(plugin, records=(*plugin.records, even, spoiled)) if plugin.name == "miles-core" else plugin
-            for plugin in installed.plugins
-        ),
-    )
     rows = [json.dumps({"prompt": f"{number} + 1 =", "answer": number + 1}) for number in range(8)]
     (folder / "data.jsonl").write_text("\n".join(rows) + "\n")
     (folder / "run.toml").write_text(RUN)
     monkeypatch.chdir(folder)
     flags = [*ALGORITHMS[algorithm], "rollout=spoiled"]
-    return one_process.train("run.toml", flags, catalog, monkeypatch)
+    return one_process.train("run.toml", flags, one_process.catalog(spoiled), monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 from pathlib import Path
 
+import one_process
 import pytest
 from run_kit import MODEL, Ended, Miles, apart_from_times
 from safetensors.torch import load_file
+
+from miles_core.run import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -123,17 +128,36 @@ def test_a_critic_on_ranks_of_its_own_gives_the_same_run(miles: Miles, shared: E
     assert (miles.folder / "runs/own/logs/critic-1.log").exists()
 
 
-@pytest.mark.timeout(900)
-def test_an_interrupted_run_with_a_critic_resumes_bit_for_bit(miles: Miles, shared: Ended) -> None:
+@pytest.mark.timeout(600)
+def test_a_killed_run_with_a_critic_resumes_bit_for_bit(miles: Miles, shared: Ended) -> None:
+    process = miles.start("train", "ppo.toml", "name=cut", probe={"pause": [2, 60]})
+    miles.wait_for_note("paused", process, step=2)
+    miles.kill()
+    assert process.wait() == -signal.SIGKILL
     folder = miles.folder / "runs/cut"
-    begin = ["train", "ppo.toml", "name=cut"]
-    for step in (1, 2, 5):  # before the critic has begun, while it warms up, and while both learn
-        process = miles.start(*begin, probe={"pause": [step, 60]})
-        miles.wait_for_note("paused", process, step=step)
-        miles.kill()
-        assert process.wait() == -signal.SIGKILL
-        begin = ["resume", str(folder)]
-    ended = miles.run(*begin)
+    ended = miles.run("resume", str(folder))
     assert (ended.code, ended.err, ended.left_over) == (0, "", [])
     assert apart_from_times(miles.metrics("cut")) == apart_from_times(miles.metrics("shared"))
     assert files(folder) == files(miles.folder / "runs/shared")
+
+
+def test_from_every_checkpoint_a_run_with_a_critic_goes_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the critic has begun, while it warms up, and while both learn; in one process and with one rank each."""
+    rows = [json.dumps({"prompt": f"{number} + 1 =", "answer": number + 1}) for number in range(40)]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "ppo.toml").write_text(STAGES.replace('callbacks = ["probe"]', ""))
+    monkeypatch.chdir(tmp_path)
+    whole, cut = tmp_path / "runs/whole", tmp_path / "runs/cut"
+    flags = ["trainer.ranks=1", "name=whole"]
+    expected = apart_from_times(one_process.train("ppo.toml", flags, one_process.catalog(), monkeypatch))
+    for step in range(1, 7):
+        shutil.copytree(whole, cut)
+        for made in checkpoint.all_of(cut)[step:]:
+            shutil.rmtree(made.folder)
+        shutil.rmtree(cut / "policy")
+        assert checkpoint.all_of(cut)[-1].step == step
+        assert apart_from_times(one_process.resume(cut, one_process.catalog(), monkeypatch)) == expected
+        assert files(cut) == files(whole)
+        shutil.rmtree(cut)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import one_process
 import pytest
 from run_kit import MODEL
 
-from miles_core.plugins import discover
 from miles_core.run.progress import Progress
 from miles_core.sample import Group
-from miles_core.specs import RewardSpec
 from miles_torch.scheduler import Scheduler
 
 RUN = (
@@ -64,20 +61,11 @@ def test_the_slow_ones_are_ended_in_the_engine_and_drawn_again(
 
     monkeypatch.setattr(Progress, "hand_over", handed_over)
     monkeypatch.setattr(Scheduler, "abort", aborted)
-    installed = discover()
-    even = RewardSpec(name="even", ref="one_process:Even", summary="The share of even letters.")
-    catalog = replace(
-        installed,
-        plugins=tuple(
-            replace(plugin, records=(*plugin.records, even)) if plugin.name == "miles-core" else plugin
-            for plugin in installed.plugins
-        ),
-    )
     rows = [json.dumps({"prompt": f"{number} + 1 =", "answer": number + 1}) for number in range(40)]
     (tmp_path / "data.jsonl").write_text("\n".join(rows) + "\n")
     (tmp_path / "run.toml").write_text(RUN)
     monkeypatch.chdir(tmp_path)
-    steps = one_process.train("run.toml", [f"schedule.max_staleness={staleness}"], catalog, monkeypatch)
+    steps = one_process.train("run.toml", [f"schedule.max_staleness={staleness}"], one_process.catalog(), monkeypatch)
     assert len(trained) == len(set(trained)) == 8
     assert all(step["staleness/max"] <= staleness for step in steps)
     thrown_back = [step["oversampled"] for step in steps]
