@@ -46,6 +46,15 @@ def check_sizes(config: Mapping[str, Any], *names: str) -> None:
         raise ValueError(f"the size of an attention head ({head_size(config)}) must be even: rotary embeddings pair it")
 
 
+def check_groups(config: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for groups of experts that routed experts cannot be divided into."""
+    experts, groups, chosen = config["n_routed_experts"], config["n_group"], config["topk_group"]
+    if experts % groups:
+        raise ValueError(f"n_group ({groups}) must divide n_routed_experts ({experts})")
+    if chosen > groups:
+        raise ValueError(f"topk_group ({chosen}) exceeds n_group ({groups})")
+
+
 def key_value_heads(config: Mapping[str, Any]) -> int:
     """Key-value heads; as many as there are attention heads if the config does not say."""
     count: int | None = config.get("num_key_value_heads")
@@ -70,6 +79,11 @@ def attention_parameters(config: Mapping[str, Any], *, qkv_bias: bool, out_bias:
 def gated_mlp_parameters(hidden: int, intermediate: int, *, bias: bool = False) -> int:
     """Parameters of one gated MLP: gate and up projections, and down."""
     return 3 * hidden * intermediate + bias * (2 * intermediate + hidden)
+
+
+def mixture_parameters(hidden: int, width: int, *, routed: int, shared: int) -> int:
+    """Parameters of a mixture of gated experts: `routed` ones with their rows of the router, and `shared` ones."""
+    return routed * hidden + (routed + shared) * gated_mlp_parameters(hidden, width)
 
 
 def decoder_parameters(config: Mapping[str, Any], layers: Iterable[int]) -> int:

@@ -48,14 +48,28 @@ class Weight:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """A layer that predicts one token further than the layers before it (multi-token prediction).
+
+    weights: of its parameters. copies: tensor that a Hugging Face folder may hold besides -> the parameter of the model
+    that it is a copy of.
+    """
+
+    weights: tuple[Weight, ...]
+    copies: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MegatronModel:
     """A model of a family, for Megatron-core.
 
     transformer: fields of `TransformerConfig` (`MLATransformerConfig` if `multi_latent_attention` is true) that the
     model's config.json decides; functions by name ("silu"). defaults: fields that a run may set otherwise.
     gpt: arguments of `GPTModel`. weights: each parameter matches exactly one. ignored: regular expressions of tensors
-    that a Hugging Face folder may hold beside them. modules: place in a layer of the model -> "module:Class" of the
-    torch module that stands there instead of Megatron's, such as "self_attention" -> "acme.attention:Gated".
+    that a Hugging Face folder may hold beside them. predictions: layers beyond the last one, in order, of which a run
+    takes as many as it says as `mtp_num_layers`. modules: place in a layer of the model -> "module:name" of what stands
+    there instead of Megatron's, such as "self_attention" -> "acme.attention:Gated": a torch module, or a `ModuleSpec`
+    of Megatron's with submodules of its own. layers: number of a layer, from 0 -> the same for that layer alone.
     """
 
     transformer: Mapping[str, Any]
@@ -63,7 +77,9 @@ class MegatronModel:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     gpt: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    predictions: tuple[Prediction, ...] = ()
     modules: Mapping[str, str] = field(default_factory=dict)
+    layers: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def tied(self) -> bool:
@@ -159,6 +175,40 @@ EXPERT_BIAS = (Weight(megatron=f"{_M}mlp.router.expert_bias", hf=(f"{_H}mlp.gate
 """What is added to the scores when experts are chosen."""
 
 
+_MTP_OWN = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "final_layernorm": "shared_head.norm"}
+
+
+def predictions(config: Mapping[str, Any], *parts: Iterable[Weight]) -> tuple[Prediction, ...]:
+    """The layers that predict further tokens, as DeepSeek V3 and GLM 4.5 hold them after the last of `model.layers`.
+
+    Each joins the next token's embedding to the state before, passes it through a layer made of `parts`, and has the
+    model's own output layer.
+    """
+    found = []
+    for depth in range(config.get("num_nextn_predict_layers") or 0):
+        mtp, hf = f"mtp.layers.{depth}.", f"model.layers.{config['num_hidden_layers'] + depth}."
+        own = [Weight(megatron=f"{mtp}{m}.weight", hf=(f"{hf}{h}.weight",)) for m, h in _MTP_OWN.items()]
+        inner = [
+            Weight(
+                megatron=weight.megatron.replace(_M, f"{mtp}mtp_model_layer."),
+                hf=tuple(name.replace(_H, hf) for name in weight.hf),
+                join=weight.join,
+            )
+            for part in parts
+            for weight in part
+        ]
+        head = "embedding.word_embeddings.weight" if config["tie_word_embeddings"] else "output_layer.weight"
+        copies = {f"{hf}embed_tokens.weight": "embedding.word_embeddings.weight", f"{hf}shared_head.head.weight": head}
+        found.append(Prediction(weights=(*own, *inner), copies=copies))
+    return tuple(found)
+
+
+def beyond(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a run ignores that does not take these layers: transformers does so too."""
+    last: int = config["num_hidden_layers"]
+    return tuple(rf"model\.layers\.{last + n}\..*" for n in range(config.get("num_nextn_predict_layers") or 1))
+
+
 # ---- Parts of configurations ----------------------------------------------------------------------------------------
 
 
@@ -202,6 +252,39 @@ def rope(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {"rope_theta": config.get("rope_theta", 10000.0), **given}
     found["rope_type"] = given.get("rope_type") or given.get("type") or "default"
     return {name: value for name, value in found.items() if value is not None}
+
+
+def routing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `TransformerConfig` for DeepSeek V3's mixture (arXiv 2412.19437): scores by a sigmoid, a bias that only
+    chooses, the best groups of experts, and shared experts; dense layers before the mixtures."""
+    if not config["norm_topk_prob"]:
+        raise ValueError("norm_topk_prob = false is not known to the trainer")
+    groups, chosen, experts = config["n_group"], config["topk_group"], config["num_experts_per_tok"]
+    if groups > 1 and experts // chosen != 2:
+        raise ValueError(
+            f"num_experts_per_tok ({experts}) must be twice topk_group ({chosen}): a group is rated by its two best "
+            "experts, and the trainer takes as many as it chooses from each"
+        )
+    return {
+        "moe_layer_freq": [int(n >= config["first_k_dense_replace"]) for n in range(config["num_hidden_layers"])],
+        "moe_router_num_groups": groups if groups > 1 else None,
+        "moe_router_group_topk": chosen if groups > 1 else None,
+        "num_moe_experts": config.get("num_local_experts", config["n_routed_experts"]),
+        "moe_router_topk": experts,
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+        "moe_shared_expert_intermediate_size": config["moe_intermediate_size"] * config["n_shared_experts"],
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": config["routed_scaling_factor"],
+    }
+
+
+ROUTING: Mapping[str, Any] = {
+    "moe_router_load_balancing_type": "none",
+    "moe_router_dtype": "fp32",
+    "moe_router_bias_update_rate": 0.0,  # otherwise the bias that chooses experts would move while training
+}
+"""Its defaults."""
 
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

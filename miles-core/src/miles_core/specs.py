@@ -44,11 +44,15 @@ class Spec:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"{type(self).__name__} name {self.name!r} is not kebab-case")
-        for label, ref in (("ref", self.ref), ("options", self.options), ("example", self.example)):
-            if ref is not None and not _REF.fullmatch(ref):
-                raise ValueError(f"{self.kind} {self.name!r}: {label} {ref!r} is not 'module:attribute'")
+        _check_refs(self, ref=self.ref, options=self.options, example=self.example)
         if not self.summary.strip():
             raise ValueError(f"{self.kind} {self.name!r} has no summary")
+
+
+def _check_refs(spec: Spec, **refs: str | None) -> None:
+    for label, ref in refs.items():
+        if ref is not None and not _REF.fullmatch(ref):
+            raise ValueError(f"{spec.kind} {spec.name!r}: {label} {ref!r} is not 'module:attribute'")
 
 
 def _check_columns(spec: Spec, columns: frozenset[str]) -> None:
@@ -178,13 +182,19 @@ class EngineSpec(Spec):
 
     features: what else it can do: "seeds" (the same seed gives the same completion), "routed-experts", "scores" (it is
     a `roles.ScoringEngine`, so it can serve a teacher). pause_modes: the ways it can stop for new weights. devices:
-    what it runs on.
+    what it runs on. flags: "module:function" that gives its `miles_core.flags.Flags`, which stand after `--`, or None
+    if it takes none.
     """
 
     kind: ClassVar[str] = "engine"
     features: frozenset[str] = frozenset()
     pause_modes: frozenset[str] = frozenset({"drain"})
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
+    flags: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_refs(self, flags=self.flags)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +206,7 @@ class TrainerSpec(Spec):
     families: it accepts only architectures of installed model plugins if "listed", any if "any".
     backend: the framework that a family must describe itself for (`ModelSpec.backends`), None if it needs no such
     description. check: "module:function" of a `roles.TrainerCheck`, in a module that imports nothing heavy, or None.
+    flags: "module:function" that gives its `miles_core.flags.Flags`, which stand after `--`, or None if it takes none.
     top_logprobs: it gives losses `LossInputs.top_logprobs`. devices: what it runs on.
     """
 
@@ -205,6 +216,7 @@ class TrainerSpec(Spec):
     families: Literal["any", "listed"] = "any"
     backend: str | None = None
     check: str | None = None
+    flags: str | None = None
     top_logprobs: bool = False
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
 
@@ -213,9 +225,7 @@ class TrainerSpec(Spec):
         _check_columns(self, self.gives)
         if "values" in self.gives:
             raise ValueError(f"trainer {self.name!r}: values are given by a critic; name its class in `critic`")
-        for label, ref in (("critic", self.critic), ("check", self.check)):
-            if ref is not None and not _REF.fullmatch(ref):
-                raise ValueError(f"trainer {self.name!r}: {label} {ref!r} is not 'module:attribute'")
+        _check_refs(self, critic=self.critic, check=self.check, flags=self.flags)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,13 +251,16 @@ class WeightSyncSpec(Spec):
 class ModelSpec(Spec):
     """A model family: `ref` is a `roles.ModelFamily` class.
 
-    architectures: the names in a Hugging Face config.json that it covers. backends: training framework ->
+    architectures: the names in a Hugging Face config.json that it covers. model_types: of those, only models whose
+    config.json has one of these model types; any if there are none. backends: training framework ->
     "module:function" that describes a model of it for that framework, given its config.json as a dictionary; for
-    "megatron" it gives a `miles_core.megatron.MegatronModel`. It imports nothing heavy.
+    "megatron" it gives a `miles_core.megatron.MegatronModel`, for "transformers" one of its configurations, which only
+    a model type needs that transformers does not know. The module imports nothing heavy.
     """
 
     kind: ClassVar[str] = "model"
     architectures: tuple[str, ...]
+    model_types: tuple[str, ...] = ()
     backends: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -255,6 +268,11 @@ class ModelSpec(Spec):
         for backend, ref in self.backends.items():
             if not _REF.fullmatch(ref):
                 raise ValueError(f"model {self.name!r}: backend {backend!r}: {ref!r} is not 'module:attribute'")
+
+    def covers(self, config: Mapping[str, Any]) -> bool:
+        """Whether the model of a config.json is of this family."""
+        known = set(self.architectures) & set(config.get("architectures") or ())
+        return bool(known) and (not self.model_types or config.get("model_type") in self.model_types)
 
 
 @dataclass(frozen=True, kw_only=True)

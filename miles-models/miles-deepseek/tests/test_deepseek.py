@@ -17,6 +17,7 @@ def test_defaults_are_those_of_transformers() -> None:
     from transformers import AutoConfig, DeepseekV3Config
 
     fresh = AutoConfig.for_model(**DeepseekV3().fresh({})).to_dict()
+    assert fresh.pop("num_nextn_predict_layers") == 0
     assert fresh == {**DeepseekV3Config().to_dict(), "architectures": ["DeepseekV3ForCausalLM"]}
 
 
@@ -53,11 +54,16 @@ def test_what_megatron_cannot_compute_is_refused(config: dict[str, Any], error: 
         deepseek_v3(config)
 
 
-def test_kimi_k2_has_one_group_of_experts_and_stretched_positions() -> None:
-    yarn = {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "mscale_all_dim": 1.0}
-    model = deepseek_v3({"n_group": 1, "topk_group": 1, "n_routed_experts": 384, "rope_scaling": yarn})
-    assert model.transformer["moe_router_num_groups"] is None
-    assert (model.transformer["rope_type"], model.transformer["rotary_scaling_factor"]) == ("yarn", 32.0)
+def test_layers_that_predict_further_tokens_are_ignored_until_a_run_asks_for_them() -> None:
+    model = deepseek_v3({"num_hidden_layers": 3, "num_nextn_predict_layers": 2})
+    assert model.ignored == (r"model\.layers\.3\..*", r"model\.layers\.4\..*")
+    assert [layer.copies for layer in model.predictions] == [
+        {
+            f"model.layers.{number}.embed_tokens.weight": "embedding.word_embeddings.weight",
+            f"model.layers.{number}.shared_head.head.weight": "output_layer.weight",
+        }
+        for number in (3, 4)
+    ]
 
 
 def test_it_is_declared_under_its_architecture() -> None:

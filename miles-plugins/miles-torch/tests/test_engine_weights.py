@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engine_kit import (
     Gate,
     collect,
@@ -22,11 +23,15 @@ from engine_kit import (
     running,
     same,
 )
+from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from miles_core.errors import UserError
 from miles_core.roles import PauseMode
 from miles_core.sample import Completion, Sampling
+from miles_core.testing.models import randomised
 from miles_torch.engine import TorchEngine
+from miles_torch.engine_model import EngineModel
 
 TOLERANCE = 5e-5
 STEPS = 5
@@ -255,3 +260,34 @@ def test_the_same_weights_again_change_no_bit(folder: Path, old: Any) -> None:
             assert all(same(*pair) for name in first for pair in zip(first[name], second[name], strict=True))
 
     asyncio.run(run())
+
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 4, "num_key_value_heads": 2, "head_dim": 8, "norm_topk_prob": True},
+    "glm4_moe": {"n_routed_experts": 4, "num_key_value_heads": 2, "head_dim": 8, "first_k_dense_replace": 1},
+    "deepseek_v3": {
+        "n_routed_experts": 4, "num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_come_one_by_one_as_in_files_or_together(kind: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": None}
+    fields = {**sizes, "num_attention_heads": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, **EXPERTS[kind]}
+    model = randomised(AutoConfig.for_model(kind, **fields), torch.Generator().manual_seed(1))
+    model.save_pretrained(tmp_path)
+    files = load_file(tmp_path / "model.safetensors")
+    expert = "model.layers.1.mlp.experts.3.up_proj.weight"
+    assert expert in files
+    engine = EngineModel(tmp_path, device=torch.device("cpu"), dtype=torch.float32, max_tokens=32)
+    further = {"model.layers.2.eh_proj.weight": torch.ones(2, 3)}  # of a layer that predicts a second token
+    engine.load([*files, *further], [*files.values(), *further.values()])
+    engine.finish_load()
+    assert all(tensor.equal(model.state_dict()[name]) for name, tensor in engine.module.state_dict().items())
+    engine.load([name for name in files if name != expert], [files[name] for name in files if name != expert])
+    with pytest.raises(UserError, match=f"1 tensors .* not among the weights: {expert}"):
+        engine.finish_load()
+    engine.load(list(model.state_dict()), list(model.state_dict().values()))
+    engine.finish_load()

@@ -51,8 +51,14 @@ def find_family(model: ModelSection, config: Mapping[str, Any] | None, catalog: 
     """The installed family of the run's model, None if no plugin covers it."""
     if model.family is not None:
         return catalog.get(ModelSpec, model.family)
-    names = architectures(config)
-    return next((entry for entry in catalog.all(ModelSpec) if names & set(entry.spec.architectures)), None)
+    return family_of(config or {}, catalog)
+
+
+def family_of(config: Mapping[str, Any], catalog: Catalog) -> Entry[ModelSpec] | None:
+    """The installed family of the model of a config.json, one that asks for its model type before others; None if no
+    plugin covers it."""
+    found = [entry for entry in catalog.all(ModelSpec) if entry.spec.covers(config)]
+    return next(iter(sorted(found, key=lambda entry: not entry.spec.model_types)), None)
 
 
 def architectures(config: Mapping[str, Any] | None) -> set[str]:

@@ -14,5 +14,5 @@ def miles_models() -> Iterable[ModelSpec]:
         architectures=("DeepseekV3ForCausalLM",),
         backends={"megatron": "miles_deepseek.megatron:deepseek_v3"},
         example="miles_deepseek.family:example",
-        summary="DeepSeek V3 and R1, and models of the same shape such as Kimi K2.",
+        summary="DeepSeek V3 and R1, and models of the same shape.",
     )

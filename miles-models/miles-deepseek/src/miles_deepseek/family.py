@@ -49,8 +49,9 @@ DEFAULTS: Mapping[str, Any] = {
     "rope_interleave": True,
     "attention_bias": False,
     "attention_dropout": 0.0,
+    "num_nextn_predict_layers": 0,
 }
-"""Those of `transformers.DeepseekV3Config`."""
+"""Those of `transformers.DeepseekV3Config`, and the layers that predict further tokens, which it does not know."""
 
 
 class DeepseekV3:
@@ -59,19 +60,11 @@ class DeepseekV3:
     def fresh(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A complete config.json; `ValueError` for unknown or impossible fields."""
         full = families.complete(DEFAULTS, config)
-        families.check_sizes(
-            {**full, "head_dim": full["qk_rope_head_dim"]},
-            "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group",
-            "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
-        )  # fmt: skip
-        if full["n_routed_experts"] % full["n_group"]:
-            raise ValueError(f"n_group ({full['n_group']}) must divide n_routed_experts ({full['n_routed_experts']})")
-        if full["topk_group"] > full["n_group"]:
-            raise ValueError(f"topk_group ({full['topk_group']}) exceeds n_group ({full['n_group']})")
+        check(full)
         return {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", **full}
 
     def parameters(self, config: Mapping[str, Any]) -> int:
-        """Number of parameters, all experts included."""
+        """Number of parameters, all experts included, and without layers that predict further tokens."""
         full = {**DEFAULTS, **config}
         dense = families.gated_mlp_parameters(full["hidden_size"], full["intermediate_size"])
         attention = _attention(full)
@@ -82,6 +75,16 @@ class DeepseekV3:
                 for layer in range(full["num_hidden_layers"])
             ],
         )
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for sizes that make no model of this shape."""
+    families.check_sizes(
+        {**config, "head_dim": config["qk_rope_head_dim"]},
+        "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group",
+        "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
+    )  # fmt: skip
+    families.check_groups(config)
 
 
 def _attention(config: Mapping[str, Any]) -> int:
@@ -97,11 +100,10 @@ def _attention(config: Mapping[str, Any]) -> int:
 
 
 def _experts(config: Mapping[str, Any]) -> int:
-    hidden: int = config["hidden_size"]
-    width: int = config["moe_intermediate_size"]
-    count: int = config.get("num_local_experts", config["n_routed_experts"])
-    expert = hidden + families.gated_mlp_parameters(hidden, width)  # with its row of the router
-    return count * expert + families.gated_mlp_parameters(hidden, width * config["n_shared_experts"])
+    routed: int = config.get("num_local_experts", config["n_routed_experts"])
+    return families.mixture_parameters(
+        config["hidden_size"], config["moe_intermediate_size"], routed=routed, shared=config["n_shared_experts"]
+    )
 
 
 def example(folder: Path) -> Example:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from miles_core.errors import UserError
 from miles_core.roles import EngineContext, PauseMode, Tokenizer
+from miles_core.run.tokenizers import load_tokenizer
 from miles_core.sample import Completion, Request, ScoreRequest, Scores
 from miles_torch.engine_model import EngineModel
 from miles_torch.engine_options import EngineOptions
@@ -52,7 +51,7 @@ class TorchEngine:
         torch.set_num_threads(self.context.threads)
         folder = self.context.model
         if any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            self._tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(folder))
+            self._tokenizer = load_tokenizer(folder)
         self._ends = end_tokens(folder, self._tokenizer)
         self._model = EngineModel(
             folder,

@@ -6,6 +6,7 @@ Shapes: T packed tokens of several sequences; S sequences; B rows; V vocabulary.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,14 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.logging import disable_progress_bar
 
 from miles_core.errors import UserError, nearest
 from miles_torch import attention, probe
 from miles_torch.attention import Decode, Prefill
 from miles_torch.fused import FusedDecoder, fits
+from miles_torch.model import config_of
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _UNFIT = "the engine 'torch' cannot generate with {}: {}. Choose another engine, or another model."
 _NO_INTERFACE = "its layers do not all call the attention interface of transformers"
@@ -33,7 +37,7 @@ class EngineModel:
     """
 
     def __init__(self, folder: Path, *, device: torch.device, dtype: torch.dtype, max_tokens: int) -> None:
-        config = AutoConfig.from_pretrained(folder)
+        config = config_of(folder)
         _check_length(config, max_tokens)
         self.module: Any = _build(config, device, dtype)
         self.module.eval().requires_grad_(requires_grad=False)
@@ -44,10 +48,9 @@ class EngineModel:
         _check_structure(self.module)
         with torch.inference_mode():
             self._fuses = self._check_numbers()
-        self._places: dict[str, Tensor] = self.module.state_dict(keep_vars=True)
-        first: dict[int, str] = {}
-        self._names = {name: first.setdefault(id(tensor), name) for name, tensor in self._places.items()}
-        self._missing = set(first.values())
+        self._layers = int(getattr(config, "num_hidden_layers", 0))
+        self._places, self._parts = _places(self.module)
+        self._missing = set().union(*self._parts.values())
 
     def _check_numbers(self) -> bool:
         """Refuses a model whose numbers do not come out right over the cache; says whether the fused forward's do.
@@ -67,10 +70,13 @@ class EngineModel:
         return probe.agree(probe.by_cache(self.module, FusedDecoder(self.module, probe.TOKENS)), expected)
 
     def load(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-        """Copies tensors into the weights of the same names; `UserError` for an unknown name or another shape."""
+        """Copies tensors into the weights of the same names, this model's or those in files; `UserError` for an unknown
+        name or another shape. Layers after the last, which predict further tokens, are left out."""
         with torch.no_grad():
             for name, tensor in zip(names, tensors, strict=True):
                 place = self._places.get(name)
+                if place is None and (layer := _LAYER.match(name)) and int(layer[1]) >= self._layers:
+                    continue
                 if place is None:
                     raise UserError(f"the engine's model has no tensor {name!r}. {nearest(name, self._places)}")
                 if place.shape != tensor.shape:
@@ -78,7 +84,7 @@ class EngineModel:
                         f"tensor {name!r} has shape {list(tensor.shape)}; the engine's model has {list(place.shape)}"
                     )
                 place.copy_(tensor)
-                self._missing.discard(self._names[name])
+                self._missing -= self._parts[name]
 
     def load_pretrained(self, folder: Path) -> None:
         """Takes over the weights of a Hugging Face folder. `UserError` if there are none."""
@@ -86,7 +92,10 @@ class EngineModel:
             raise UserError(f"{folder} has no weights (*.safetensors), so there is nothing to score with.")
         disable_progress_bar()  # type: ignore[no-untyped-call]
         dtype = next(self.module.parameters()).dtype
-        tensors = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True).state_dict()
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), config=config_of(folder), dtype=dtype, use_safetensors=True
+        )
+        tensors = model.state_dict()
         self.load(list(tensors), list(tensors.values()))
         self.finish_load()
 
@@ -96,7 +105,7 @@ class EngineModel:
         if missing:
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise UserError(f"{len(missing)} tensors of the engine's model were not among the weights: {shown}")
-        self._missing = set(self._names.values())
+        self._missing = set().union(*self._parts.values())
         if self._fuses:
             with torch.inference_mode():
                 self._forward = FusedDecoder(self.module, self._max_tokens)
@@ -112,7 +121,7 @@ class EngineModel:
     def _move(self, device: torch.device) -> None:
         if self.device.type != "cpu":
             self.module.to(device)
-            self._places = self.module.state_dict(keep_vars=True)
+            self._places, self._parts = _places(self.module)
 
     def prefill(self, tokens: Tensor, step: Prefill, keep: Tensor | None = None) -> Tensor:
         """Computes whole sequences packed end to end, int64 [T].
@@ -142,6 +151,37 @@ class EngineModel:
             )
         logits: Tensor = output.logits
         return logits.flatten(0, 1)
+
+
+def _places(module: Any) -> tuple[dict[str, Tensor], dict[str, frozenset[str]]]:
+    """Where each tensor goes, and the parts of the model that it fills.
+
+    By the names of this model and by those in files: transformers holds all experts of a layer as one tensor, and files
+    hold them one by one. A part is called by the first name in files of what lies at its place.
+    """
+    own: dict[str, Tensor] = module.state_dict(keep_vars=True)
+    storages = {_storage(tensor) for tensor in own.values()}
+    files = {
+        name: tensor
+        for name, tensor in revert_weight_conversion(module, dict(own)).items()
+        if _storage(tensor) in storages
+    }
+    order = {name: number for number, name in enumerate(own)}
+    first: dict[tuple[int, int], str] = {}
+    parts: dict[str, frozenset[str]] = {}
+    together: dict[int, set[str]] = {}
+    for name in sorted(files, key=lambda name: order.get(name, len(own))):
+        storage = _storage(files[name])
+        part = first.setdefault((storage, int(files[name].storage_offset())), name)
+        parts[name] = frozenset({part})
+        together.setdefault(storage, set()).add(part)
+    for name, tensor in own.items():
+        parts[name] = frozenset(together[_storage(tensor)])
+    return {**files, **own}, parts
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _build(config: Any, device: torch.device, dtype: torch.dtype) -> Any:

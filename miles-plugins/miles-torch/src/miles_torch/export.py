@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from miles_core.roles import Bucket, BucketLayout
+from miles_core.run.tokenizers import load_tokenizer
 from miles_torch.checkpoint import disk_errors
+from miles_torch.model import config_of
 from miles_torch.sharding import whole
 
 BUCKET_BYTES = 64 * 2**20
@@ -57,7 +60,7 @@ def buckets(weights: Mapping[str, Tensor], layouts: Sequence[BucketLayout], *, k
 
 def pretrained(weights: Mapping[str, Tensor], source: Path, folder: Path) -> None:
     """A Hugging Face folder of whole weights on the CPU, with config, generation config and tokenizer of `source`."""
-    config = AutoConfig.from_pretrained(str(source))
+    config = config_of(source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=next(iter(weights.values())).dtype)  # type: ignore[no-untyped-call]
     model.load_state_dict(dict(weights), strict=False, assign=True)
@@ -68,4 +71,4 @@ def pretrained(weights: Mapping[str, Tensor], source: Path, folder: Path) -> Non
         model.generation_config = GenerationConfig.from_model_config(config)
     with disk_errors(folder):
         model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(source)).save_pretrained(folder)
+    cast(Any, load_tokenizer(source)).save_pretrained(folder)

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.logging import disable_progress_bar
 
+from miles_core.config.model import family_of
 from miles_core.errors import UserError
+from miles_core.plugins import discover, resolve
 from miles_core.sample import Batch
 from miles_torch import attention_packed
 from miles_torch.fused_training import FusedTraining
@@ -34,6 +36,16 @@ LOGITS_LIMIT = 2**28
 _logger = logging.getLogger(__name__)
 
 
+def config_of(path: Path | str) -> Any:
+    """transformers' configuration of a Hugging Face folder or hub name; as its family says, if an installed one
+    describes it for transformers, which then does not know its model type."""
+    said, _ = PreTrainedConfig.get_config_dict(str(path))
+    family = family_of(said, discover())
+    if family is not None and "transformers" in family.spec.backends:
+        return resolve(family.spec.backends["transformers"])(said)
+    return AutoConfig.from_pretrained(str(path))
+
+
 def load(path: Path, seed: int) -> Any:
     """The causal language model of a Hugging Face folder (or hub name), in float32 on the CPU, in evaluation mode.
 
@@ -41,7 +53,7 @@ def load(path: Path, seed: int) -> Any:
     dropout, old and new log-probabilities of the same weights would differ.
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    config = AutoConfig.from_pretrained(str(path))
+    config = config_of(path)
     if path.is_dir() and not any(path.glob("*.safetensors")):
         if any(path.glob("*.bin")):
             raise UserError(f"{path} holds pickled weights (*.bin); convert them to safetensors first.")
@@ -49,7 +61,9 @@ def load(path: Path, seed: int) -> Any:
             torch.manual_seed(seed)
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     else:
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), config=config, dtype=torch.float32, use_safetensors=True
+        )
     return model.eval()
 
 

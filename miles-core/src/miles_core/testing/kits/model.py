@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def refuses_unknown_fields(subject: Subject[ModelSpec]) -> Iterator[str]:
 def is_known_to_transformers(subject: Subject[ModelSpec]) -> Iterator[str]:
     """transformers makes the model of its config, with as many parameters as the family counts."""
     family, config = subject.target(), _config(subject)
-    model = _model(config)
+    model = _model(subject)
     if type(model).__name__ not in subject.spec.architectures:
         yield f"transformers makes a {type(model).__name__} of its config"
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -53,8 +54,8 @@ def is_known_to_transformers(subject: Subject[ModelSpec]) -> Iterator[str]:
 
 def comes_back_from_a_trainer(subject: Subject[ModelSpec]) -> Iterator[str]:
     """Hugging Face folder → trainer → Hugging Face folder: the same tensors bit for bit, each once."""
-    model = _model(_config(subject))
-    trainer = _trainer(subject, save_model(model, subject.folder / "model"))
+    model = _model(subject)
+    trainer = _trainer(subject, _saved(subject, model))
     names = [name for part in trainer.layout() for name in part.names]
     trainer.save_pretrained(subject.folder / "policy")
     trainer.stop()
@@ -69,9 +70,8 @@ def has_the_logprobs_of_transformers(subject: Subject[ModelSpec]) -> Iterator[st
     """In a trainer, log-probabilities of a packed batch are transformers' own for each sample alone."""
     import torch
 
-    config = _config(subject)
-    model, batch = _model(config), _batch(config["vocab_size"])
-    trainer = _trainer(subject, save_model(model, subject.folder / "model"))
+    model, batch = _model(subject), _batch(_config(subject)["vocab_size"])
+    trainer = _trainer(subject, _saved(subject, model))
     column = trainer.logprobs(batch, "policy", 0)
     trainer.stop()
     with torch.no_grad():
@@ -95,12 +95,24 @@ def _config(subject: Subject[ModelSpec]) -> dict[str, Any]:
     return config
 
 
-def _model(config: dict[str, Any]) -> Any:
+def _model(subject: Subject[ModelSpec]) -> Any:
+    """By transformers, which the family tells how if it describes itself for it."""
     import torch
     from transformers import AutoConfig
 
-    values = {name: value for name, value in config.items() if name != "model_type"}
-    return randomised(AutoConfig.for_model(config["model_type"], **values), torch.Generator().manual_seed(3))
+    config = _config(subject)
+    if "transformers" in subject.spec.backends:
+        made = resolve(subject.spec.backends["transformers"])(config)
+    else:
+        made = AutoConfig.for_model(**config)
+    return randomised(made, torch.Generator().manual_seed(3))
+
+
+def _saved(subject: Subject[ModelSpec], model: Any) -> Path:
+    """A Hugging Face folder of it, with the family's config.json."""
+    folder = save_model(model, subject.folder / "model")
+    (folder / "config.json").write_text(json.dumps(_config(subject)), "utf-8")
+    return folder
 
 
 def _trainer(subject: Subject[ModelSpec], folder: Path) -> Any:
