@@ -68,8 +68,9 @@ class Broken:
 
 
 class Probe:
-    """What MILES_PROBE says: pause: step after which the driver waits, and for how many seconds; raise: the hooks that
-    raise; full_disk: step after which trainer rank 0 cannot write large files."""
+    """What MILES_PROBE says: pause: step after whose checkpoint the driver waits, and for how many seconds; pause_step:
+    the same after a step, before its checkpoint; raise: the hooks that raise; full_disk: step after which trainer rank
+    0 cannot write large files."""
 
     def __init__(self, options):
         self.orders = json.loads(os.environ.get("MILES_PROBE", "{}"))
@@ -87,12 +88,16 @@ class Probe:
         self.disturb("run_start")
 
     def step_end(self, run, step, metrics):
+        self.pause("pause_step", step)
         self.disturb("step_end")
 
     def checkpoint_saved(self, run, step, path):
-        if self.orders.get("pause", [0])[0] == step:
+        self.pause("pause", step)
+
+    def pause(self, order, step):
+        if self.orders.get(order, [0])[0] == step:
             self.note("paused", step=step)
-            time.sleep(self.orders["pause"][1])
+            time.sleep(self.orders[order][1])
 
     def run_failed(self, run, error):
         self.note("ended", hook="run_failed", error=str(error))

@@ -19,10 +19,11 @@ learning_rate = 3e-3
 """,
         """
 [checkpoint]
-every = 2
+every = 1
 [trainer]
 name = "megatron"
 ranks = 2
+checkpoint = { async_save = true }
 [trainer.parallel]
 tensor_model_parallel_size = 2
 sequence_parallel = true
@@ -53,13 +54,19 @@ def test_a_run_trains_publishes_and_resumes_bit_for_bit(miles: Miles) -> None:
     assert len(worst) == 4
     assert max(worst) < 1e-4
 
-    process = miles.start("train", "megatron.toml", "name=broken", probe={"pause": [2, 200]})
-    miles.wait_for_note("paused", process, step=2)
+    # kill -9 while the checkpoint of step 2 is being written, or waits for its name
+    process = miles.start("train", "megatron.toml", "name=broken", probe={"pause_step": [3, 200]})
+    miles.wait_for_note("paused", process, step=3)
     miles.kill()
     process.communicate()
+    half, last = sorted(path.name for path in (miles.folder / "runs/broken/checkpoints").iterdir())
+    assert (half.endswith(".incomplete"), last) == (True, "step-00000001")
     resumed = miles.run("resume", str(Path("runs/broken")))
     assert resumed.code == 0, resumed.err
     assert apart_from_times(miles.metrics("broken")) == apart_from_times(miles.metrics("whole"))
+    names = sorted(path.name for path in (miles.folder / "runs/broken/checkpoints").iterdir())
+    assert names == sorted(path.name for path in (miles.folder / "runs/whole/checkpoints").iterdir())
+    assert names[-1] == "step-00000004"
 
 
 def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(miles: Miles) -> None:
@@ -69,3 +76,16 @@ def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(miles: Mil
     misspelt = miles.run("plan", "megatron.toml", "trainer.parallel.tensor_parallel_size=2")
     assert misspelt.code == 2
     assert "Did you mean 'tensor_model_parallel_size'" in misspelt.err
+
+
+def test_megatrons_own_flags_stand_after_two_dashes(miles: Miles) -> None:
+    planned = miles.run(
+        "plan", "megatron.toml", "--", "--recompute-granularity", "full", "--tensor-model-parallel-size", "1"
+    )
+    assert planned.code == 0, planned.err
+    lines = [line.split(maxsplit=2) for line in planned.out.splitlines()]
+    assert ["trainer.transformer.recompute_granularity", '"full"', "flag --recompute-granularity full"] in lines
+    assert ["trainer.parallel.tensor_model_parallel_size", "1", "flag --tensor-model-parallel-size 1"] in lines
+    misspelt = miles.run("plan", "megatron.toml", "--", "--recompute-granularty", "full")
+    assert misspelt.code == 2
+    assert "trainer 'megatron' has no flag --recompute-granularty. Did you mean --recompute-granularity" in misspelt.err

@@ -397,6 +397,12 @@ class BucketLayout:
     dtype: str
 
 
+Written = Callable[[bool], bool]
+"""What `Trainer.save` gives for a checkpoint that is still being written. Called with False it says whether all ranks
+have written everything, with True it waits for that. A collective; once it has said True, it is not called again.
+Raises if something could not be written."""
+
+
 class Trainer(Protocol):
     """One rank of the trainer, built as `Class(options, context)` in an actor. Every call reaches every rank.
 
@@ -430,8 +436,13 @@ class Trainer(Protocol):
         """The policy's weights. A collective: every rank iterates; only rank 0's buckets need hold bytes."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Model, optimizer, schedule and random states, for `restore`; safetensors or JSON, nothing pickled."""
+    def save(self, folder: Path) -> Written | None:
+        """Model, optimizer, schedule and random states as they are now, for `restore`; loading it executes nothing.
+
+        None if it is written when this returns. Or it goes on beside the training, which then cannot change what is
+        written, and `Written` says when it is done: the same kind of answer on every rank. The driver asks after each
+        step, and waits before the next `save` and at the end.
+        """
         ...
 
     def restore(self, folder: Path) -> None:
@@ -480,7 +491,7 @@ class Critic(Protocol):
         ...
 
     def update(self, batch: Batch, step: int, passes: int) -> Mapping[str, float]: ...
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path) -> Written | None: ...
     def restore(self, folder: Path) -> None: ...
     def sleep(self) -> None: ...
     def wake(self) -> None: ...

@@ -239,7 +239,8 @@ def train(trainer: Any, seeds: Sequence[int], minibatches: int = 1) -> dict[str,
 
 
 def run_job(job: Mapping[str, Any], **where: Any) -> Any:
-    """One job: {"model", "options", "seeds", "minibatches", "restore", "save", "pretrained", "hooks"}.
+    """One job: {"model", "options", "seeds", "minibatches", "restore", "save", "meanwhile",
+    "pretrained", "hooks"}. meanwhile: seeds to train on while the checkpoint is written.
 
     Gives {"refused"} if the trainer is.
     Or {"function"}: see `run_functions`."""
@@ -259,7 +260,10 @@ def run_job(job: Mapping[str, Any], **where: Any) -> Any:
             trainer.restore(Path(job["restore"]))
         result = train(trainer, job.get("seeds", ()), job.get("minibatches", 1))
         if job.get("save"):
-            trainer.save(Path(job["save"]))
+            written = trainer.save(Path(job["save"]))
+            if job.get("meanwhile"):
+                result["meanwhile"] = train(trainer, job["meanwhile"])
+            assert written is None or written(True)
         if job.get("pretrained"):
             trainer.save_pretrained(Path(job["pretrained"]))
         if hooks is not None:

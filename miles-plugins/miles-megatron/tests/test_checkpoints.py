@@ -31,7 +31,8 @@ def plain(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Trained at TP2 and saved; loaded at PP2 x EP2 and saved again; loaded at TP2 and saved a third time."""
+    """Trained at TP2, saved in the background and trained on; loaded at PP2 x EP2 and saved again; loaded at TP2 and
+    saved a third time."""
     folder = tmp_path_factory.mktemp("checkpoints")
     model = str(make_model(folder / "model", "qwen3-moe"))
 
@@ -40,7 +41,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         found |= {"save": str(folder / save / "trainer")} if save else {}
         return found | ({"restore": str(folder / load / "trainer")} if load else {})
 
-    first, on = run_jobs(folder / "a", 2, [job(TENSOR, "", "first", [0, 1]), job(TENSOR, "first", "", [2])])
+    beside = {"checkpoint": {"async_save": True, "verify_integrity": True}, **TENSOR}
+    writing = job(beside, "", "first", [0, 1]) | {"meanwhile": [2]}
+    first, on = run_jobs(folder / "a", 2, [writing, job(beside, "first", "", [2])])
     second, other = run_jobs(
         folder / "b", 4, [job(EXPERT_PIPELINE, "first", "second", []), job(EXPERT_PIPELINE, "first", "", [2])]
     )
@@ -64,6 +67,15 @@ def test_optimizer_state_and_reference_are_the_same_under_another_layout_and_bac
     for other in (second, third):
         assert other.keys() == first.keys()
         assert all(torch.equal(other[name], first[name]) for name in first)
+
+
+def test_what_is_trained_while_a_checkpoint_is_written_is_not_in_it(saved: dict[str, Any]) -> None:
+    meanwhile, on = saved["first"]["meanwhile"], saved["on"]
+    (one,), (two,) = meanwhile["metrics"], on["metrics"]
+    assert {**one, "train_seconds": 0} == {**two, "train_seconds": 0}
+    for name, weight in meanwhile["weights"].items():
+        np.testing.assert_array_equal(on["weights"][name], weight)
+        assert not np.array_equal(saved["first"]["weights"][name], weight), name
 
 
 def test_training_goes_on_alike_under_both(saved: dict[str, Any]) -> None:

@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("target", metavar="FILE_OR_RECIPE")
-@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.argument("overrides", metavar="[KEY=VALUE]... [-- FLAG...]", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="One object with everything.")
 def plan(target: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check a run and show it resolved, without starting anything.
 
     Overrides are values of the run file by their dotted names: loss.clip_high=0.3, stages.NAME.schedule.steps=5,
     reward.0.weight=2.
+
+    After -- stand flags of the trainer's and the engine's own software, by their own names:
+    -- --tensor-model-parallel-size 2.
     """
     from miles_core.config.estimate import estimate
     from miles_core.config.layers import open_catalog

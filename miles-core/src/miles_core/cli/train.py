@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("target", metavar="FILE_OR_RECIPE")
-@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.argument("overrides", metavar="[KEY=VALUE]... [-- FLAG...]", nargs=-1)
 def train(target: str, overrides: tuple[str, ...]) -> None:
     """Run a run file or a recipe.
 
     Overrides are values of the run file by their dotted names: schedule.steps=5 loss.clip_high=0.3.
     Relative paths, in the run file too, are relative to the current directory.
+
+    After -- stand flags of the trainer's and the engine's own software, by their own names:
+    -- --tensor-model-parallel-size 2.
     """
     from miles_core.config.layers import open_catalog
     from miles_core.config.model import load_family

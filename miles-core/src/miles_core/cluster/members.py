@@ -31,7 +31,7 @@ from miles_core.config.schema import CriticSection, Plan, TrainerSection
 from miles_core.errors import RunError, UserError, explained
 from miles_core.lifecycle import Role, lifecycle
 from miles_core.plugins import load_exact, resolve
-from miles_core.roles import BucketLayout, EngineContext, PauseMode, TrainerContext
+from miles_core.roles import BucketLayout, EngineContext, PauseMode, TrainerContext, Written
 from miles_core.run import teaching
 from miles_core.run.collector import Collected, Collector
 from miles_core.run.objective import critic_stage, train_stage
@@ -126,6 +126,7 @@ class TrainerMember(_Process):
         self.rank, self._classes = rank, {part: _class_of(plan, part) for part in parts}
         self.parts: dict[Part, Any] = {}
         self.contexts: dict[Part, TrainerContext] = {}
+        self._writing: dict[Part, Written] = {}
         self.sender: Any = None
 
     def enter(self) -> None:
@@ -202,9 +203,18 @@ class TrainerMember(_Process):
         metrics: Mapping[str, float] = self.parts[part].update(batch, step, passes)
         return metrics
 
-    def save(self, part: Part, folder: Path) -> None:
-        """Everything that `restore` needs."""
-        self.parts[part].save(folder)
+    def save(self, part: Part, folder: Path) -> bool:
+        """Everything that `restore` needs. Whether it is written already."""
+        written: Written | None = self.parts[part].save(folder)
+        if written is not None:
+            self._writing[part] = written
+        return written is None
+
+    def written(self, part: Part, wait: bool) -> bool:
+        """Whether all ranks have written what the last `save` began; waits for that if asked to."""
+        if part in self._writing and self._writing[part](wait):
+            del self._writing[part]
+        return part not in self._writing
 
     def restore(self, part: Part, folder: Path) -> None:
         """The opposite of `save`."""

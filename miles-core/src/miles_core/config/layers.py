@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from miles_core.config.source import Node, dotted, merge, read_flags, read_toml
+from miles_core.config.upstream import read_upstream, split
 from miles_core.errors import UserError
 from miles_core.plugins import Catalog, Entry, discover
 from miles_core.specs import RecipeSpec
@@ -25,16 +26,19 @@ class RunSource:
 
 
 def read_run(target: str, flags: Sequence[str], catalog: Catalog) -> RunSource:
-    """Reads a run file or a recipe, its recipe, and the flags. Raises `UserError`."""
+    """Reads a run file or a recipe, its recipe, and the flags, those after `--` among them. Raises `UserError`."""
+    overrides, upstream = split(flags)
     if _is_file(target):
         layers, name = _with_recipe(read_run_file(Path(target)), catalog), Path(target).stem
     else:
         entry = _recipe(target, catalog)
         layers, name = _recipe_layers(entry, catalog, ()), entry.spec.name
-    amendments = [*layers[1:], read_flags(flags)]
+    amendments = [*layers[1:], read_flags(overrides)]
     doc = layers[0]
     for layer in amendments:
         doc = merge(doc, layer)
+    amendments.append(read_upstream(upstream, doc, catalog))
+    doc = merge(doc, amendments[-1])
     origins = frozenset(node.origin for layer in amendments for _, node in layer.leaves())
     return RunSource(doc=doc, name=name, amendments=origins)
 
@@ -46,7 +50,7 @@ def open_catalog(target: str, flags: Sequence[str], disable: Iterable[str] = ())
 
 
 def _own_layers(target: str, flags: Sequence[str]) -> list[Node]:
-    return [*([read_run_file(Path(target))] if _is_file(target) else []), read_flags(flags)]
+    return [*([read_run_file(Path(target))] if _is_file(target) else []), read_flags(split(flags)[0])]
 
 
 def _disabled(layer: Node) -> list[str]:

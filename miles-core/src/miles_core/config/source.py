@@ -220,7 +220,12 @@ def _read_flag(flag: str) -> Node:
         path = []
     if not equals or not path or "\n" in name:
         raise UserError(f"{flag!r} is not an override; write it as loss.clip_high=0.3")
-    node = _node(_parse_value(value), origin)
+    return written(path, parse_value(value), origin)
+
+
+def written(path: Sequence[str], value: Any, origin: str) -> Node:
+    """A tree of which `origin` says one value."""
+    node = _node(value, origin)
     for key in reversed(path):
         node = Node({key: node}, origin)
     return node
@@ -233,7 +238,7 @@ def _keys(values: Mapping[str, Any]) -> Iterator[str]:
             yield from _keys(value)
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """TOML, or else a bare string; dates too are bare strings, because no option is one."""
     try:
         values = tomllib.loads(f"value = {text}")

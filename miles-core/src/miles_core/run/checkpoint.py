@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ class Saving:
 
     def __init__(self, run: Path, final: Path) -> None:
         self._run, self._final = run, final
-        self._folder = final.with_name(f".{final.name}.incomplete")
+        # Another name each time: a process that outlived its run and still writes must not meet the next attempt.
+        self._folder = final.with_name(f".{final.name}.{secrets.token_hex(4)}.incomplete")
 
     async def __aenter__(self) -> Path:
         try:

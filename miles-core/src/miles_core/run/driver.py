@@ -90,6 +90,7 @@ class Run:
         self.engines: list[Member] = []
         self.teachers: list[Member] = []
         self._begun: int | None = None  # the stage that the trainers and the collector are in
+        self._unnamed: tuple[int, contextlib.AsyncExitStack] | None = None  # the checkpoint that is being written
         self._critic_begun: int | None = None  # that of the critic, which sits out stages without values
 
     def _tracker(self, component: Component) -> Tracker:
@@ -222,7 +223,8 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)
 
     async def finish(self) -> None:
-        """The policy for transformers."""
+        """The last checkpoint, and the policy for transformers."""
+        await self.name_checkpoint(wait=True)
         with self.console.phase("writing the policy"):
             async with Saving(self.plan.folder, self.plan.folder / POLICY) as folder:
                 await self.session.ask_all(self.trainers, "save_pretrained", folder)
@@ -369,6 +371,7 @@ class Run:
         self._log(report.version, metrics)
         self.console.step(report.version, report.batch.stage, metrics)
         self._tell("step_end", step=report.version, metrics=metrics)
+        await self.name_checkpoint(wait=False)
         await self._evaluate_if_due()
         every, last = self.plan.checkpoint.every, report.version == self.plan.steps
         if last or (every and report.version % every == 0):
@@ -410,23 +413,49 @@ class Run:
         self._tell("eval_end", step=self.step, metrics=metrics)
 
     async def save(self) -> None:
-        """A checkpoint of this step."""
+        """A checkpoint of this step. Trainers may still write it when this returns: see `name_checkpoint`."""
+        await self.name_checkpoint(wait=True)
         final = checkpoint.folder_of(self.plan.folder, self.step)
         with self.console.phase("saving a checkpoint"):
-            async with Saving(self.plan.folder, final) as folder:
-                await self.session.gather(
+            async with contextlib.AsyncExitStack() as saving:
+                folder = await saving.enter_async_context(Saving(self.plan.folder, final))
+                *written, _ = await self.session.gather(
                     [
-                        *((trainer, "save", ("policy", folder / "trainer")) for trainer in self.trainers),
-                        *((critic, "save", ("critic", folder / "critic")) for critic in self._critics_to_save()),
+                        *((member, "save", (part, folder / name)) for member, part, name in self._to_save()),
                         (self.collector, "save", (folder,)),
                     ]
                 )
                 checkpoint.write_state(folder, {"step": self.step, "plugins": self.plan.plugin_set})
-            checkpoint.keep_newest(self.plan.folder, self.plan.checkpoint.keep)
-        self._tell("checkpoint_saved", step=self.step, path=final)
+                if not all(written):
+                    self._unnamed = (self.step, saving.pop_all())
+                    return
+        self._named(self.step)
 
-    def _critics_to_save(self) -> Sequence[Member]:
-        return self.critics if self._critic_begun is not None else []
+    async def name_checkpoint(self, *, wait: bool) -> None:
+        """Gives the checkpoint that is being written its name, if all ranks have written it; waits for them if asked
+        to. A crash before leaves the one before it."""
+        if self._unnamed is None:
+            return
+        step, saving = self._unnamed
+        async with saving:
+            self._unnamed = None
+            calls: list[Call] = [(member, "written", (part, wait)) for member, part, _ in self._to_save()]
+            if not all(await self.session.gather(calls)):
+                self._unnamed = (step, saving.pop_all())
+                return
+        self._named(step)
+
+    def _named(self, step: int) -> None:
+        checkpoint.keep_newest(self.plan.folder, self.plan.checkpoint.keep)
+        self._tell("checkpoint_saved", step=step, path=checkpoint.folder_of(self.plan.folder, step))
+
+    def _to_save(self) -> list[tuple[Member, Part, str]]:
+        """Members with the part that they save, and its folder in a checkpoint."""
+        critics = self.critics if self._critic_begun is not None else []
+        return [
+            *((trainer, "policy", "trainer") for trainer in self.trainers),
+            *((critic, "critic", "critic") for critic in critics),
+        ]
 
     # ---- Observers -------------------------------------------------------------------------------------------------
 

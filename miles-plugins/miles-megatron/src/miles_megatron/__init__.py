@@ -18,6 +18,7 @@ def miles_trainers() -> Iterable[TrainerSpec]:
         families="listed",
         backend="megatron",
         check="miles_megatron.layout:check_run",
+        flags="miles_megatron.flags:flags",
         summary="Megatron-core: tensor, pipeline, context, expert and data parallelism, for large models.",
     )
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values, merge
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
-from miles_core.errors import UserError
+from miles_core.errors import RunError, UserError
+from miles_core.roles import Written
 from miles_megatron.model import bare
 from miles_torch.checkpoint import random_states, save_file
 
@@ -110,22 +114,66 @@ def reference_state(chunks: Sequence[nn.Module], tensors: Mapping[int, Tensor]) 
     return {f"{_REFERENCE}{name}": dict_list_map_inplace(replaced, part) for name, part in model_state(chunks).items()}
 
 
-def write(state: dict[str, Any], folder: Path) -> None:
-    """Writes sharded state. A collective. Raises `OSError` if the disk refuses."""
+def write(state: dict[str, Any], folder: Path, options: Mapping[str, Any]) -> Written | None:
+    """Writes sharded state, as the fields of `CheckpointConfig` in `options` say. A collective. Raises `OSError` if
+    the disk refuses. None when it is written; with `async_save`, what says so: processes of Megatron's write a copy."""
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    dist_checkpointing.save(state, str(folder), validate_access_integrity=True)
+    background = bool(options.get("async_save", False))
+    with _explained():
+        request = dist_checkpointing.save(
+            state,
+            str(folder),
+            validate_access_integrity=True,
+            async_sharded_save=background,
+            async_strategy="mcore",  # the other one needs a package of its own
+            verify_integrity=bool(options.get("verify_integrity", False)),
+        )
+    return _scheduled(request) if background else None
 
 
-def read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Reads what sharded state asks for, under any layout. A collective. Raises `UserError` if it does not fit."""
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What a writing process ran into, as an error for people: PyTorch's is no `Exception`, and long."""
+    try:
+        yield
+    except CheckpointException as failed:
+        reasons = [f"rank {rank}: {error}" for rank, (error, _) in failed.failures.items()]
+        raise RunError(
+            f"the checkpoint could not be written; {'; '.join(reasons) or 'another rank says why'}"
+        ) from None
+
+
+def _scheduled(request: Any) -> Written:
+    """Starts writing. The processes are forked: on a CPU what they write is not copied before, but on a write here."""
+    queue = AsyncCallsQueue(persistent=False)
+    queue.schedule_async_request(request)
+
+    def written(wait: bool) -> bool:
+        with _explained():
+            queue.maybe_finalize_async_calls(blocking=wait)
+        return not queue.async_calls
+
+    return written
+
+
+def read(state: dict[str, Any], folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads what sharded state asks for, under any layout. A collective. Raises `UserError` if it does not fit.
+
+    options: fields of `CheckpointConfig`.
+    """
     if not (folder / "metadata.json").is_file():
         raise UserError(f"{folder} holds no checkpoint in Megatron's distributed format")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch remarks that the common part is read by one process
-            loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+            loaded: dict[str, Any] = dist_checkpointing.load(
+                state,
+                str(folder),
+                strict=StrictHandling.RAISE_UNEXPECTED,
+                verify_integrity=bool(options.get("verify_integrity", False)),
+            )
     except (CheckpointingException, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} does not fit this run's model: {error}") from error
     return loaded

@@ -19,8 +19,9 @@ class TrainerOptions:
 
     micro_batch_tokens: most tokens of one forward and backward pass of a data-parallel rank (a longer sample runs
     alone); results do not depend on it, memory does.
-    transformer, parallel, optimizer, scheduler, ddp: fields of Megatron-core's TransformerConfig, ModelParallelConfig,
-    OptimizerConfig, SchedulerConfig and DistributedDataParallelConfig, by their own names.
+    transformer, parallel, optimizer, scheduler, ddp, checkpoint: fields of Megatron-core's TransformerConfig,
+    ModelParallelConfig, OptimizerConfig, SchedulerConfig, DistributedDataParallelConfig and CheckpointConfig, by their
+    own names.
     """
 
     micro_batch_tokens: int = 16384
@@ -29,6 +30,7 @@ class TrainerOptions:
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     ddp: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.micro_batch_tokens < 1:

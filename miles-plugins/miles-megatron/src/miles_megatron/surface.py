@@ -1,8 +1,8 @@
 """Megatron-core's own options, as its configuration classes declare them: read from its source, without importing it.
 
 A run file names fields of these classes in `[trainer.transformer]`, `[trainer.parallel]`, `[trainer.optimizer]`,
-`[trainer.scheduler]` and `[trainer.ddp]`. What Miles sets itself is in `RESERVED`, with the reason; to set such a field
-otherwise is an error.
+`[trainer.scheduler]`, `[trainer.ddp]` and `[trainer.checkpoint]`. What Miles sets itself is in `RESERVED`, with the
+reason; to set such a field otherwise is an error.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ SECTIONS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "optimizer": (("core/optimizer/optimizer_config.py", "OptimizerConfig"),),
     "scheduler": (("training/config/training_config.py", "SchedulerConfig"),),
     "ddp": (("core/distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig"),),
+    "checkpoint": (("training/config/training_config.py", "CheckpointConfig"),),
 }
 """Section -> the classes whose fields it holds, by file below the package `megatron`."""
 
 _MODEL = "the model's config.json says it"
 _DTYPE = "follows from transformer.bf16"
+SAVING = "Miles names, writes and keeps checkpoints: [checkpoint]"
 _LOOP = "Miles schedules forward and backward passes"
 RESERVED: Mapping[str, Mapping[str, str]] = {
     "transformer": {
@@ -86,8 +88,12 @@ RESERVED: Mapping[str, Mapping[str, str]] = {
         "average_in_collective": "gradients are summed, never averaged",
         "check_for_nan_in_grad": "Miles checks each step and names the sample",
     },
+    "checkpoint": {},
 }
 """Section -> fields that Miles sets, each with the reason."""
+
+OPEN: Mapping[str, tuple[frozenset[str], str]] = {"checkpoint": (frozenset({"async_save", "verify_integrity"}), SAVING)}
+"""Section of which Miles sets all but a few fields -> these, and the reason for the others."""
 
 RESERVED_VALUES: Mapping[str, Any] = {
     "hidden_dropout": 0.0,
@@ -152,14 +158,21 @@ def _declared(file: Path, cls: str) -> list[tuple[str, str]]:
     ]
 
 
+def reserved(section: str, name: str) -> str:
+    """Why Miles sets a field itself; empty if it does not."""
+    open_, reason = OPEN.get(section, (frozenset({name}), ""))
+    return RESERVED[section].get(name, "") or ("" if name in open_ else reason)
+
+
 def check(section: str, given: Mapping[str, Any]) -> None:
     """Refuses fields that Megatron does not have, that belong elsewhere, and that Miles sets. Raises `UserError`."""
     if not given:
         return
     known = fields(section)
     for name, value in given.items():
-        if name in RESERVED[section] and RESERVED_VALUES.get(name) != value:
-            raise UserError(f"{section}.{name} cannot be set to {value!r}: {RESERVED[section][name]}")
+        reason = reserved(section, name) if name in known else ""
+        if reason and (name not in RESERVED_VALUES or RESERVED_VALUES[name] != value):
+            raise UserError(f"{section}.{name} cannot be set to {value!r}: {reason}")
         if name not in known:
             raise UserError(f"{section} has no option {name!r}. {_elsewhere(section, name) or nearest(name, known)}")
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from miles_core.errors import RunError, UserError
-from miles_core.roles import Bucket, BucketLayout, LossInputs, Segments, TrainerContext, TrainStage
+from miles_core.roles import Bucket, BucketLayout, LossInputs, Segments, TrainerContext, TrainStage, Written
 from miles_core.run.mismatch import mismatch
 from miles_core.sample import Batch
 from miles_megatron import checkpoint, clipping, families, model, pretrained, schedule, settings
@@ -327,20 +327,23 @@ class MegatronTrainer:
         """See `miles_core.roles.Trainer.export`. Only rank 0's buckets hold bytes."""
         return self._exporter.buckets()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Written | None:
         """Everything that `restore` needs; see `miles_megatron.checkpoint` for the files."""
         state = checkpoint.model_state(self._chunks)
         sharded, rest = checkpoint.optimizer_state(self._optimizer, state, loading=False)
-        checkpoint.write({**state, **sharded, **self._reference_state()}, folder / "dist")
+        options = self._stage_options.checkpoint
+        written = checkpoint.write({**state, **sharded, **self._reference_state()}, folder / "dist", options)
         counts = {"optimizer_steps": self._scheduler.num_steps, "steps_taken": checkpoint.steps_taken(rest)}
         checkpoint.write_record(folder, {"stage": self._stage.name, **counts})
+        return written
 
     def restore(self, folder: Path) -> None:
         """The opposite of `save`, under any layout, after `begin`. Raises `UserError` if it does not fit."""
         record = checkpoint.read_record(folder, self._stage.name)
         state = checkpoint.model_state(self._chunks)
         sharded, rest = checkpoint.optimizer_state(self._optimizer, state, loading=True)
-        loaded = checkpoint.read({**state, **sharded, **self._reference_state()}, folder / "dist")
+        options = self._stage_options.checkpoint
+        loaded = checkpoint.read({**state, **sharded, **self._reference_state()}, folder / "dist", options)
         checkpoint.put_model(self._chunks, loaded)
         checkpoint.put_optimizer(self._optimizer, loaded["optimizer"], rest, int(record["steps_taken"]))
         self._scheduler.num_steps = 0

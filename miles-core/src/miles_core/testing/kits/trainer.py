@@ -157,8 +157,10 @@ def continues_exactly_from_a_checkpoint(subject: Subject[TrainerSpec]) -> Iterat
     first, second = _batch(0), _batch(1)
     one = _trainer(subject)
     one.update(first, 0, 1)
-    one.save(subject.folder / "saved")
+    written = one.save(subject.folder / "saved")
     one.update(second, 1, 1)
+    if written is not None:
+        written(True)
     expected = _unpacked(one.export())
     one.stop()
     other = _trainer(subject)
@@ -227,8 +229,10 @@ def continues_its_critic_exactly_from_a_checkpoint(subject: Subject[TrainerSpec]
     first, second = _valued(_batch(0)), _valued(_batch(1))
     one = _critic(subject)
     one.update(first, 0, 1)
-    one.save(subject.folder / "saved")
+    written = one.save(subject.folder / "saved")
     one.update(second, 1, 1)
+    if written is not None:
+        written(True)
     expected = one.values(first, 2)
     one.stop()
     other = _critic(subject)
