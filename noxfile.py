@@ -35,6 +35,8 @@ EXTRAS = {"miles-core": "[testing]", "miles-trackers": "[mlflow,tensorboard,wand
 """What is tested of a distribution beyond what it needs."""
 # megatron-core 0.19 declares Python 3.12, but its wheel for 3.11 works; so it needs a call of its own.
 UNDECLARED = ("megatron-core", "psutil")
+SGLANG = ("sglang==0.5.17", "xgrammar==0.2.1", "apache-tvm-ffi==0.1.11", "openai==2.6.1")
+"""What is installed without what it declares, which asks for CUDA."""
 TOOLS = ("hypothesis", "mkdocs-material", "mypy", "nox", "pytest", "pytest-timeout", "ruff", "uv")
 
 # pip, and not uv, because only pip sees the find-links and indexes that pip is configured with, where a machine may
@@ -103,6 +105,17 @@ def oracles(session: nox.Session) -> None:
     session.install("--no-deps", "-r", str(ROOT / "tests" / "oracles" / "requirements.txt"))
     over_workspace(session)
     session.run("python", "-m", "pytest", "tests/oracles", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(default=False, reuse_venv=True, requires=["workspace"])
+def sglang(session: nox.Session) -> None:
+    """The engine sglang with a real server, without a GPU, in an environment that lies over the workspace's."""
+    over_workspace(session)
+    session.install("-r", str(ROOT / "miles-plugins/miles-sglang/cpu-requirements.txt"))
+    session.install("--no-deps", *SGLANG)
+    # Its contract tests start a server a rule; tests/test_engine.py tries the same rules on one server.
+    tests = ("miles-plugins/miles-sglang", "tests/test_sglang_run.py", "--ignore-glob", "*/test_contract.py")
+    session.run("python", "-m", "pytest", *tests, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(venv_backend="none", requires=["workspace"])

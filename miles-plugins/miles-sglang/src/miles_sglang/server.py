@@ -1,0 +1,171 @@
+"""The owner's side of a server's process: its arguments, its start, its log, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from miles_core.errors import RunError, UserError
+from miles_core.roles import EngineContext
+from miles_sglang import cpu, surface
+
+TESTED = "0.5.17"
+"""The version of SGLang that this plugin works with: it stands on parts that other versions may lack."""
+
+ATTEMPTS = 3
+"""How often a start is tried when another program has taken the port meanwhile."""
+
+COMMAND = (sys.executable, "-P", "-m", "miles_sglang.serve")
+"""-P: what lies in the working folder is not imported."""
+
+_WITHOUT_GPU: Mapping[str, Any] = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",  # the others need a GPU, and end the server at the first request
+    "mem_fraction_static": 0.1,
+    "max_total_tokens": 65536,
+    "max_running_requests": 64,
+    "sleep_on_idle": True,
+}
+
+
+def arguments(options: Mapping[str, Any], context: EngineContext) -> dict[str, Any]:
+    """Fields of `ServerArgs`, without the port: what Miles sets, and what the run file says."""
+    fields: dict[str, Any] = {
+        "enable_metrics": True,
+        **({"tp_size": context.gpus} if context.gpus else _WITHOUT_GPU),
+        "skip_server_warmup": True,  # there are no weights to warm up with
+        **options,
+    }
+    return fields | {
+        "model_path": str(context.model),
+        "load_format": "auto" if context.frozen else "dummy",
+        "dtype": context.dtype,
+        "context_length": context.max_tokens + 2,  # SGLang keeps places free behind the longest response
+        "random_seed": context.seed + context.index,
+        "host": "127.0.0.1",
+    }
+
+
+def _environment(context: EngineContext) -> dict[str, str]:
+    """Of the server's process."""
+    own = {
+        "HF_HUB_OFFLINE": "1",
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if not context.gpus:
+        own |= cpu.ENVIRONMENT | {"OMP_NUM_THREADS": str(context.threads)}
+    return {**os.environ, **own}
+
+
+class Server:
+    """A server of SGLang in a process group of its own, which ends with this process at the latest.
+
+    options: fields of `ServerArgs` that the run file says. url: where it answers, once it is started. ranks: processes
+    that hold a part of the model.
+    """
+
+    def __init__(self, options: Mapping[str, Any], context: EngineContext) -> None:
+        self.ranks = int(options.get("tp_size", max(context.gpus, 1))) * int(options.get("pp_size", 1))
+        self.name, self.log = f"engine {context.index}", context.folder / f"sglang-{context.index}.log"
+        self.url = ""
+        self._options, self._context = options, context
+        self._process: subprocess.Popen[bytes] | None = None
+
+    async def start(self) -> None:
+        """Starts the process and waits until it answers. `RunError` with the end of its log if it does not."""
+        surface.server_args()  # says what to install if there is none
+        if (found := version("sglang")) != TESTED:
+            raise UserError(f"engine 'sglang' works with sglang {TESTED}, and {found} is installed: {surface.INSTALL}")
+        for attempt in range(1, ATTEMPTS + 1):
+            self._launch(_free_port())
+            while self.ended is None:
+                if await asyncio.to_thread(self._healthy):
+                    _started[self._context.index] = self
+                    return
+                await asyncio.sleep(0.1)
+            if attempt == ATTEMPTS or "address already in use" not in self.tail().lower():
+                raise self.failure()
+
+    def _launch(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        fields = arguments(self._options, self._context) | {"port": port}
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(  # noqa: S603 — our own interpreter
+                COMMAND,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(self._context),
+                start_new_session=True,
+            )
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, which is found out in a moment
+            self._process.stdin.write(json.dumps(fields).encode() + b"\n")
+            self._process.stdin.flush()  # and stays open: the process ends when it closes
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:  # noqa: S310 — our own server
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    @property
+    def ended(self) -> int | None:
+        """The exit code of the process; None while it runs."""
+        assert self._process is not None, "start first"
+        return self._process.poll()
+
+    def tail(self, lines: int = 25) -> str:
+        """The last lines of the server's log."""
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - 200 * lines))
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
+
+    def failure(self) -> RunError:
+        """That the server has ended, and what it said last."""
+        return RunError(
+            f"{self.name}: the SGLang server ended with exit code {self.ended} (log: {self.log}). It said last:\n"
+            f"{self.tail()}"
+        )
+
+    def stop(self) -> None:
+        """Ends the process and all that it has started; returns when it has ended."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process = None
+        _started.pop(self._context.index, None)
+
+
+_started: dict[int, Server] = {}
+"""Engine -> its server, in the process that has started it."""
+
+
+def beside(context: EngineContext) -> Server:
+    """The server of the engine of this process."""
+    return _started[context.index]
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port

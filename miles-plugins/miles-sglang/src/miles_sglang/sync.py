@@ -1,0 +1,172 @@
+"""The weight syncs that lead to the engine `sglang`: flat buckets, broadcast from the trainer into the servers.
+
+Trainer rank 0 is rank 0 of a process group of its own; behind it come the tensor-parallel ranks of each server, which
+SGLang makes join (`/init_weights_update_group`) and take each bucket as one broadcast
+(`/update_weights_from_distributed`). The bytes go straight from the trainer's process to the servers'; the engines'
+processes only say what comes next. gloo carries them from a trainer without GPUs, NCCL from one with GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
+
+from miles_core.errors import RunError
+from miles_core.roles import Bucket, BucketLayout, EngineContext, TrainerContext
+from miles_sglang.server import Server, beside
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GROUP: Any = "miles"  # a str; what PyTorch calls its type has changed
+
+
+class Sender:
+    """The trainer's side. See `miles_core.roles.WeightSender`; only rank 0 sends."""
+
+    def __init__(self, context: TrainerContext, engines: int) -> None:
+        self._context, self._engines = context, engines
+        self._store: Any = None
+        self._group: Any = None
+
+    def open(self) -> str:
+        """Listens at a free port, on the address at which the other trainer ranks know this one."""
+        host = urlsplit(self._context.address).hostname
+        assert host is not None, f"{self._context.address} is not an address like tcp://host:port"
+        listener = socket.create_server((host, 0))
+        port: int = listener.getsockname()[1]
+        self._store = TCPStore(
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=self._timeout,
+            master_listen_fd=listener.detach(),
+        )
+        return f"{'nccl' if self._context.gpus else 'gloo'}://{host}:{port}"
+
+    @property
+    def _timeout(self) -> timedelta:
+        return timedelta(seconds=self._context.timeout_s)
+
+    def connect(self) -> None:
+        """Waits until the ranks of all servers are there."""
+        if self._context.rank != 0:
+            return
+        # The first receiver says how many ranks a server has: the same of all, since all have the same options.
+        ranks = int(self._store.get("ranks")) * self._engines + 1
+        backend = Backend("nccl" if self._context.gpus else "gloo")
+        store = PrefixStore(GROUP, self._store)
+        try:
+            self._group, _ = _new_process_group_helper(
+                ranks,
+                0,
+                [],
+                backend,
+                store,
+                group_name=GROUP,
+                timeout=self._timeout,
+            )
+        except RuntimeError as error:
+            raise RunError(f"weight sync: not all servers have joined: {error}") from error
+        _world.pg_group_ranks[self._group] = {rank: rank for rank in range(ranks)}
+
+    def send(self, buckets: Iterator[Bucket]) -> None:
+        """Broadcasts all buckets; a receiver returns when its server has loaded them."""
+        for bucket in buckets:
+            if self._context.rank != 0:
+                continue
+            assert self._group is not None, "connect first"
+            flat = bucket.flat.contiguous().view(torch.uint8)
+            try:
+                dist.broadcast(flat.cuda() if self._context.gpus else flat.cpu(), src=0, group=self._group)
+            except RuntimeError as error:
+                raise RunError(f"weight sync: the transfer broke off at the trainer: {error}") from error
+
+    def close(self) -> None:
+        """Ends the meeting; `open` starts a new one."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+        self._group = self._store = None
+
+
+class Receiver:
+    """The side of one server. See `miles_core.roles.WeightReceiver`; it is built in the process of the engine that has
+    started the server, and `load` is not used, because the server itself receives."""
+
+    def __init__(self, context: EngineContext, engines: int, address: str, layout: Sequence[BucketLayout]) -> None:
+        self._server: Server = beside(context)
+        self._index, self._engines, self._layout = context.index, engines, tuple(layout)
+        place = urlsplit(address)
+        assert place.hostname is not None
+        assert place.port is not None
+        self._backend, self._host, self._port = place.scheme, place.hostname, place.port
+
+    def connect(self) -> None:
+        """Has the server's ranks join the trainer."""
+        store = TCPStore(self._host, self._port, is_master=False, wait_for_workers=False)
+        store.set("ranks", str(self._server.ranks))
+        self._ask(
+            "init_weights_update_group",
+            master_address=self._host,
+            master_port=self._port,
+            rank_offset=1 + self._index * self._server.ranks,
+            world_size=1 + self._engines * self._server.ranks,
+            group_name=GROUP,
+            backend=self._backend,
+        )
+
+    def receive(self, load: Callable[[Sequence[str], Sequence[Tensor]], None]) -> None:
+        """Has the server receive and load all buckets of one transfer."""
+        for bucket in self._layout:
+            self._ask(
+                "update_weights_from_distributed",
+                names=bucket.names,
+                dtypes=[bucket.dtype] * len(bucket.names),
+                shapes=bucket.shapes,
+                group_name=GROUP,
+                load_format="flattened_bucket",
+                flush_cache=False,  # each version has its own part of the cache, see `tagging`
+            )
+
+    def close(self) -> None:
+        """Leaves the meeting, unless the server has ended before."""
+        with contextlib.suppress(RunError):
+            self._ask("destroy_weights_update_group", group_name=GROUP)
+
+    def _ask(self, path: str, **body: Any) -> None:
+        """Waits for the server's answer. `RunError` unless it has done what it was asked."""
+        answer = _post(f"{self._server.url}/{path}", body, self._server)
+        if not answer.get("success"):
+            raise RunError(
+                f"weight sync: {self._server.name}: /{path}: {answer.get('message', answer)} (log: {self._server.log})"
+            )
+
+
+def _post(url: str, body: Mapping[str, Any], server: Server) -> Mapping[str, Any]:
+    request = urllib.request.Request(  # noqa: S310 — our own server, by HTTP
+        url, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request) as answer:  # noqa: S310
+            text = answer.read()
+    except HTTPError as error:
+        text = error.read()
+    except (URLError, OSError) as error:
+        if server.ended is not None:
+            raise server.failure() from error
+        raise RunError(f"weight sync: {server.name} does not answer: {error} (log: {server.log})") from error
+    answer_: Mapping[str, Any] = json.loads(text)
+    return answer_

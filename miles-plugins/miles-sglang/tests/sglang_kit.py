@@ -1,0 +1,118 @@
+"""One server of SGLang for all tests of a session, and engines that share it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from miles_core.roles import EngineContext
+from miles_core.sample import Completion, Request, Sampling
+from miles_core.testing.models import engine_context, make_model, save_model, weights_of
+from miles_sglang.engine import SglangEngine
+from miles_sglang.options import EngineOptions
+from miles_sglang.server import Server
+
+INSTALLED = find_spec("sglang") is not None
+REASON = "sglang is not installed: nox -s sglang"
+MAX_TOKENS = 320
+
+
+class SharedServer(Server):
+    """A server that no engine starts or ends."""
+
+    def __init__(self, folder: Path) -> None:
+        save_model(make_model(), folder / "model")
+        self.folder = folder
+        super().__init__({}, context_of(folder))
+
+    def let_go(self) -> None:
+        """What the end of this process would do."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    @property
+    def group(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def lent(self) -> Any:
+        server = self
+
+        class Lent:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(server, name)
+
+            async def start(self) -> None: ...
+
+            def stop(self) -> None: ...
+
+        return Lent()
+
+
+def left_over(server: SharedServer, patience_s: float = 0) -> list[psutil.Process]:
+    """Processes of the server's group that live, after waiting for there to be none."""
+    end = time.monotonic() + patience_s
+    while True:
+        found = [process for process in psutil.process_iter() if _of_group(process, server.group)]
+        if not found or time.monotonic() >= end:
+            return found
+        time.sleep(0.1)
+
+
+def _of_group(process: psutil.Process, group: int) -> bool:
+    try:
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
+
+
+def context_of(folder: Path, gpus: int = 0, **changes: Any) -> EngineContext:
+    return engine_context(folder / "model", gpus, folder=folder, max_tokens=MAX_TOKENS, **changes)
+
+
+def borrower(server: SharedServer, context: EngineContext) -> SglangEngine:
+    """An engine on the shared server."""
+    engine = SglangEngine(EngineOptions(), context)
+    engine.server = server.lent()
+    return engine
+
+
+def with_engine(server: SharedServer, use: Callable[[SglangEngine], Awaitable[Any]]) -> Any:
+    """What `use` gives of an engine that has the weights of `make_model()` as version 0."""
+
+    async def run() -> Any:
+        engine = borrower(server, context_of(server.folder))
+        await engine.start()
+        try:
+            await publish(engine, make_model(), 0)
+            return await use(engine)
+        finally:
+            await engine.stop()
+
+    return asyncio.run(run())
+
+
+async def publish(engine: SglangEngine, model: Any, version: int, mode: Any = "abort") -> None:
+    """Weights by `Engine.load`."""
+    await engine.pause(mode)
+    weights = weights_of(model)
+    await asyncio.to_thread(engine.load, list(weights), list(weights.values()))
+    engine.set_version(version)
+    await engine.resume()
+
+
+async def collect(engine: SglangEngine, requests: Sequence[Request]) -> dict[str, list[Completion]]:
+    return {name: completions async for name, completions in engine.generate(requests)}
+
+
+def ask(name: str, tokens: Sequence[int], seeds: Sequence[int] = (0,), **sampling: Any) -> Request:
+    return Request(id=name, tokens=np.array(tokens, np.int32), sampling=Sampling(**sampling), seeds=tuple(seeds))

@@ -1,0 +1,114 @@
+"""Weights on their way from a trainer's process into a real server, over gloo."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from sglang_kit import SharedServer, ask, collect, with_engine
+
+from miles_core.errors import RunError
+from miles_core.roles import Bucket, BucketLayout
+from miles_core.testing.models import make_model, response_logprobs, trainer_context, weights_of
+from miles_sglang.engine import SglangEngine
+from miles_sglang.sync import Receiver, Sender
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+PROMPT = [7, 8, 9, 10, 11]
+
+
+def buckets_of(model: Any) -> list[Bucket]:
+    weights = list(weights_of(model).items())
+    return [
+        Bucket(
+            names=tuple(name for name, _ in part),
+            shapes=tuple(tuple(tensor.shape) for _, tensor in part),
+            flat=torch.cat([tensor.reshape(-1) for _, tensor in part]),
+        )
+        for part in (weights[:1], weights[1:9], weights[9:])
+    ]
+
+
+def layout_of(buckets: Sequence[Bucket]) -> list[BucketLayout]:
+    return [BucketLayout(names=bucket.names, shapes=bucket.shapes, dtype="float32") for bucket in buckets]
+
+
+async def meet(engine: SglangEngine) -> tuple[Sender, Receiver]:
+    sender = Sender(trainer_context(Path(), 0), 1)
+    receiver = Receiver(engine.context, 1, sender.open(), layout_of(buckets_of(make_model())))
+    await asyncio.gather(asyncio.to_thread(sender.connect), asyncio.to_thread(receiver.connect))
+    return sender, receiver
+
+
+async def publish(engine: SglangEngine, ends: tuple[Sender, Receiver], model: Any, version: int) -> None:
+    sender, receiver = ends
+    await engine.pause("in-place")
+    send = partial(sender.send, iter(buckets_of(model)))
+    await asyncio.gather(asyncio.to_thread(send), asyncio.to_thread(receiver.receive, engine.load))
+    engine.set_version(version)
+    await engine.resume()
+
+
+async def part(ends: tuple[Sender, Receiver]) -> None:
+    await asyncio.to_thread(ends[1].close)
+    ends[0].close()
+
+
+def test_weights_arrive_while_generation_goes_on_and_every_token_knows_its_version(server: SharedServer) -> None:
+    async def use(engine: SglangEngine) -> Any:
+        ends = await meet(engine)
+        requests = [ask(f"runs {number}", [1 + number, 2], max_new_tokens=250) for number in range(4)]
+        running = asyncio.create_task(collect(engine, requests))
+        for version in (1, 2):
+            await asyncio.sleep(0.15)
+            await publish(engine, ends, make_model(seed=version), version)
+        later = await collect(engine, [ask("later", PROMPT, max_new_tokens=16)])
+        await part(ends)
+        return await running, later["later"][0]
+
+    runs, later = with_engine(server, use)
+    expected = response_logprobs(make_model(seed=2), np.array(PROMPT, np.int32), later.tokens)
+    np.testing.assert_allclose(later.logprobs, expected, atol=1e-4)
+    assert set(later.versions.tolist()) == {2}
+    for (completion,) in runs.values():
+        versions = completion.versions.tolist()
+        assert (len(versions), completion.status) == (250, "truncated")
+        assert versions == sorted(versions)
+        assert set(versions) == {0, 1, 2}
+    assert not dist.is_initialized()
+
+
+def test_after_the_end_of_a_meeting_there_can_be_another(server: SharedServer) -> None:
+    async def use(engine: SglangEngine) -> Any:
+        for version in (1, 2):
+            ends = await meet(engine)
+            await publish(engine, ends, make_model(seed=3), version)
+            await part(ends)
+        return await collect(engine, [ask("later", PROMPT, max_new_tokens=8)])
+
+    (completion,) = with_engine(server, use)["later"]
+    expected = response_logprobs(make_model(seed=3), np.array(PROMPT, np.int32), completion.tokens)
+    np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+def test_what_the_server_does_not_load_is_said(server: SharedServer) -> None:
+    async def use(engine: SglangEngine) -> None:
+        sender, receiver = await meet(engine)
+        bucket = BucketLayout(names=("model.norm.weight",), shapes=((5,),), dtype="float32")
+        wrong = Bucket(names=bucket.names, shapes=bucket.shapes, flat=torch.zeros(5))
+        receiver._layout = (bucket,)
+        await engine.pause("drain")
+        with pytest.raises(RunError, match=r"weight sync: engine 0: /update_weights_from_distributed: .*\(log: "):
+            await asyncio.gather(
+                asyncio.to_thread(sender.send, iter([wrong])), asyncio.to_thread(receiver.receive, engine.load)
+            )
+        await part((sender, receiver))
+
+    with_engine(server, use)

@@ -1,0 +1,109 @@
+"""The server's process: its arguments, its start, and what is heard of one that does not start."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+from sglang_kit import REASON, ask, collect, context_of
+
+from miles_core.errors import RunError, UserError
+from miles_core.testing.models import make_model, save_model
+from miles_sglang import server as module
+from miles_sglang.engine import SglangEngine
+from miles_sglang.options import EngineOptions
+from miles_sglang.server import Server, arguments
+
+TAKEN = """
+import json, pathlib, sys
+fields = json.loads(sys.stdin.readline())
+with open({ports!r}, "a") as file:
+    file.write(str(fields["port"]) + "\\n")
+print("ERROR: [Errno 98] error while attempting to bind on address: address already in use")
+sys.exit(1)
+"""
+
+
+DIES = """
+import http.server, json, os, sys
+fields = json.loads(sys.stdin.readline())
+class Handler(http.server.BaseHTTPRequestHandler):
+    def answer(self, text):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text)
+    def do_GET(self):
+        self.answer(b"")
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/generate":
+            print("the scheduler hit an exception", flush=True)
+            os._exit(9)
+        self.answer(b"[true]")
+http.server.ThreadingHTTPServer((fields["host"], fields["port"]), Handler).serve_forever()
+"""
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, script: str, version: str = module.TESTED) -> None:
+    """Something else in the place of SGLang."""
+    monkeypatch.setattr(module, "COMMAND", (sys.executable, "-c", script))
+    monkeypatch.setattr(module.surface, "server_args", lambda: None)
+    monkeypatch.setattr(module, "version", lambda name: version)
+
+
+def test_miles_sets_model_weights_lengths_and_place_and_the_run_file_the_rest(tmp_path: Path) -> None:
+    fields = arguments({"max_running_requests": 7, "log_level": "debug"}, context_of(tmp_path, index=3))
+    assert fields["model_path"] == str(tmp_path / "model")
+    assert (fields["load_format"], fields["dtype"], fields["host"]) == ("dummy", "float32", "127.0.0.1")
+    assert (fields["device"], fields["attention_backend"], fields["random_seed"]) == ("cpu", "torch_native", 3)
+    assert (fields["max_running_requests"], fields["log_level"]) == (7, "debug")
+    assert arguments({}, context_of(tmp_path, frozen=True))["load_format"] == "auto"
+
+
+def test_with_gpus_the_server_takes_them_all_and_sglangs_own_defaults(tmp_path: Path) -> None:
+    fields = arguments({}, context_of(tmp_path, gpus=2))
+    assert fields["tp_size"] == 2
+    assert not {"device", "attention_backend", "mem_fraction_static"} & fields.keys()
+
+
+def test_a_server_that_dies_at_start_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "import sys; print('no such quantization: int3'); sys.exit(7)")
+    server = Server({}, context_of(tmp_path))
+    with pytest.raises(RunError, match=r"(?s)exit code 7 \(log: .*sglang-0.log\).*no such quantization: int3"):
+        asyncio.run(server.start())
+
+
+def test_a_taken_port_is_tried_again_with_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = tmp_path / "ports"
+    stand_in(monkeypatch, TAKEN.format(ports=str(ports)))
+    with pytest.raises(RunError, match="address already in use"):
+        asyncio.run(Server({}, context_of(tmp_path)).start())
+    tried = ports.read_text().split()
+    assert len(tried) == len(set(tried)) == module.ATTEMPTS
+
+
+def test_another_version_of_sglang_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "raise AssertionError", version="0.5.16")
+    with pytest.raises(UserError, match=r"works with sglang 0\.5\.17, and 0\.5\.16 is installed: pip install"):
+        asyncio.run(Server({}, context_of(tmp_path)).start())
+
+
+def test_a_server_that_dies_while_it_generates_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("aiohttp", reason=REASON)
+    stand_in(monkeypatch, DIES)
+    save_model(make_model(), tmp_path / "model")
+
+    async def run() -> None:
+        engine = SglangEngine(EngineOptions(), context_of(tmp_path))
+        await engine.start()
+        try:
+            engine.set_version(0)
+            await engine.resume()
+            await collect(engine, [ask("one", [1, 2]), ask("two", [1, 2])])
+        finally:
+            await engine.stop()
+
+    with pytest.raises(RunError, match=r"(?s)exit code 9 \(log: .*the scheduler hit an exception"):
+        asyncio.run(run())

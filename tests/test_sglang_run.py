@@ -1,0 +1,53 @@
+"""A whole run with the engine `sglang`: a real server of SGLang, without a GPU."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+from run_kit import RUN, Miles
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(find_spec("sglang") is None, reason="sglang is not installed: nox -s sglang"),
+]
+
+SGLANG = RUN.replace('[engine]\nname = "torch"', '[engine]\nname = "sglang"\n[engine.server]\nmax_running_requests = 8')
+
+
+@pytest.fixture(scope="module")
+def miles(tmp_path_factory: pytest.TempPathFactory) -> Miles:
+    made = Miles(tmp_path_factory.mktemp("sglang"))
+    (made.folder / "sglang.toml").write_text(SGLANG)
+    return made
+
+
+def test_a_run_trains_publishes_and_leaves_nothing_behind(miles: Miles) -> None:
+    whole = miles.run("train", "sglang.toml", "name=whole", "schedule.steps=3", "publish.mode=in-place")
+    assert (whole.code, whole.left_over) == (0, []), whole.err
+    # The server's log-probabilities are those of the trainer, so each version of the weights has arrived.
+    worst = [
+        value
+        for line in miles.metrics("whole")
+        for name, value in line.items()
+        if name.endswith("mismatch/logprob_abs_max")
+    ]
+    assert len(worst) == 3
+    assert max(worst) < 1e-4
+    (log,) = (miles.folder / "runs" / "whole").rglob("sglang-0.log")
+    assert "max_running_requests=8" in log.read_text()
+
+
+def test_an_unknown_option_is_refused_before_anything_starts(miles: Miles) -> None:
+    ended = miles.run("train", "sglang.toml", "name=wrong", "engine.server.mem_fraction_statik=0.8")
+    assert ended.code == 2
+    assert "Did you mean 'mem_fraction_static'" in ended.err
+    assert not (miles.folder / "runs" / "wrong").exists()
+
+
+def test_a_server_that_refuses_an_option_says_so_on_the_terminal(miles: Miles) -> None:
+    ended = miles.run("train", "sglang.toml", "name=dies", "engine.server.attention_backend=none-such")
+    assert (ended.code, ended.left_over) == (1, [])
+    assert "the SGLang server ended with exit code" in ended.err
+    assert "none-such" in ended.err
