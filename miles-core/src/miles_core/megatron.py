@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -67,9 +67,10 @@ class MegatronModel:
     model's config.json decides; functions by name ("silu"). defaults: fields that a run may set otherwise.
     gpt: arguments of `GPTModel`. weights: each parameter matches exactly one. ignored: regular expressions of tensors
     that a Hugging Face folder may hold beside them. predictions: layers beyond the last one, in order, of which a run
-    takes as many as it says as `mtp_num_layers`. modules: place in a layer of the model -> "module:name" of what stands
-    there instead of Megatron's, such as "self_attention" -> "acme.attention:Gated": a torch module, or a `ModuleSpec`
-    of Megatron's with submodules of its own. layers: number of a layer, from 0 -> the same for that layer alone.
+    takes as many as it says as `mtp_num_layers`. copies: as in `Prediction`, of those it takes. modules: place in a
+    layer of the model -> "module:name" of what stands there instead of Megatron's, such as "self_attention" ->
+    "acme.attention:Gated": a torch module, or a `ModuleSpec` of Megatron's with submodules of its own. layers: number
+    of a layer, from 0 -> the same for that layer alone.
     """
 
     transformer: Mapping[str, Any]
@@ -78,6 +79,7 @@ class MegatronModel:
     gpt: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     predictions: tuple[Prediction, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
     modules: Mapping[str, str] = field(default_factory=dict)
     layers: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
 
@@ -85,6 +87,15 @@ class MegatronModel:
     def tied(self) -> bool:
         """Whether the output layer is the embedding."""
         return bool(self.gpt.get("share_embeddings_and_output_weights", False))
+
+    def predicting(self, layers: int) -> MegatronModel:
+        """The same with the first `layers` of `predictions` among its weights."""
+        taken = self.predictions[:layers]
+        return replace(
+            self,
+            weights=(*self.weights, *(weight for layer in taken for weight in layer.weights)),
+            copies={name: parameter for layer in taken for name, parameter in layer.copies.items()},
+        )
 
 
 # ---- Parts of tables ------------------------------------------------------------------------------------------------

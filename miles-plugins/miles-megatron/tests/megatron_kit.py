@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from miles_core.roles import LossInputs, LossOutputs, TrainerContext, TrainStage
 from miles_core.sample import Batch, Sample
 from miles_core.testing.models import randomised, save_model
+from miles_torch.model import config_of as transformers_config
 
 VOCABULARY = 97
 OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "adam_beta2": 0.95, "adam_eps": 1e-6, "clip_grad": 1.0}
@@ -72,7 +74,35 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "first_k_dense_replace": 1,
         "tie_word_embeddings": False,
     },
+    "glm4-moe": {
+        "model_type": "glm4_moe",
+        "head_dim": 16,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 4,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "tie_word_embeddings": False,
+    },
 }
+MODELS = {
+    **MODELS,
+    "kimi-k2": {
+        **MODELS["deepseek-v3"],
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "kimi_k2",
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.827,
+        "rope_theta": 50000.0,
+        "rope_scaling": {
+            "type": "yarn", "factor": 32.0, "original_max_position_embeddings": 8, "beta_fast": 1.0, "beta_slow": 1.0,
+            "mscale": 1.0, "mscale_all_dim": 1.0,
+        },
+    },
+}  # fmt: skip
 """Name -> fields of config.json over the shared ones."""
 
 
@@ -82,10 +112,46 @@ def config_of(name: str) -> dict[str, Any]:
 
 
 def make_model(folder: Path, name: str = "qwen3", **changes: Any) -> Path:
-    """A Hugging Face folder with random weights that are far from uniform."""
+    """A Hugging Face folder with random weights that are far from uniform, further predicting layers among them."""
     fields = {**config_of(name), **changes}
-    config = AutoConfig.for_model(**{"model_type": fields.pop("model_type"), **fields})
-    return save_model(randomised(config, torch.Generator().manual_seed(5)), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(fields))
+    generator = torch.Generator().manual_seed(5)
+    model = randomised(transformers_config(folder), generator)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0, 0.1, generator=generator)
+    save_model(model, folder)
+    if "architectures" in fields:  # transformers writes the names that it knows
+        (folder / "config.json").write_text(json.dumps(fields))
+    if fields.get("num_nextn_predict_layers"):
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors | _further(tensors, fields, generator), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def by_transformers(folder: Path) -> Any:
+    """The model of a Hugging Face folder, in float32."""
+    config = transformers_config(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+
+
+def _further(tensors: Mapping[str, torch.Tensor], fields: Mapping[str, Any], generator: Any) -> dict[str, torch.Tensor]:
+    """Layers like the last one with what they have besides, as DeepSeek V3's and GLM's folders hold them."""
+    last, width = fields["num_hidden_layers"], fields["hidden_size"]
+    found = {}
+    for number in range(last, last + fields["num_nextn_predict_layers"]):
+        own = f"model.layers.{number}."
+        for name, tensor in tensors.items():
+            if name.startswith(f"model.layers.{last - 1}."):
+                noise = torch.randn(tensor.shape, generator=generator) * 0.05
+                found[own + name.split(".", 3)[3]] = tensor + noise
+        for norm in ("enorm", "hnorm", "shared_head.norm"):
+            found[f"{own}{norm}.weight"] = torch.rand(width, generator=generator) + 0.5
+        found[f"{own}eh_proj.weight"] = torch.randn(width, 2 * width, generator=generator) * (2 * width) ** -0.5
+        found[f"{own}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        found[f"{own}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    return found
 
 
 def make_batch(
@@ -253,6 +319,9 @@ def run_job(job: Mapping[str, Any], **where: Any) -> Any:
         trainer = make_trainer(Path(job["model"]), job.get("options"), hooks=hooks, **where)
     except (UserError, RunError) as error:
         if dist.is_initialized():
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
         return {"refused": str(error)}
     try:

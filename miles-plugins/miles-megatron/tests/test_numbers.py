@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megatron_kit import MODELS, make_batch, make_model, make_trainer, one_by_one, torch_trainer, train
+from megatron_kit import MODELS, by_transformers, make_batch, make_model, make_trainer, one_by_one, torch_trainer, train
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from miles_core.errors import UserError
 from miles_megatron.packing import Cut, MicroBatch, pieces, row
@@ -33,7 +32,7 @@ def test_logits_are_those_of_transformers_and_weights_come_back_bit_for_bit(tmp_
     folder = make_model(tmp_path / "model", name)
     trainer = make_trainer(folder)
     batch = make_batch()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = by_transformers(folder)
     own = logits(trainer, batch)
     for piece, found in zip(pieces(batch, range(len(batch)), Cut()), own, strict=True):
         start = int(batch.cu_seqlens[piece.sample])

@@ -62,7 +62,7 @@ def test_every_trained_token_is_predicted_once_from_the_token_before_it(seed: in
         np.testing.assert_array_equal(each.targets, batch["tokens"][each.rows])
         samples = np.array([piece.sample for piece in own[0].pieces])[each.segments]
         np.testing.assert_array_equal(samples, batch.segment_ids[each.rows])
-        assert not each.padding[each.sources].any()
+        assert each.left[each.sources].all()
 
 
 def test_a_sample_whose_first_token_is_trained_is_refused() -> None:

@@ -1,8 +1,8 @@
 """Checkpoints of training, in Megatron's distributed format.
 
     dist/                 model, optimizer and reference, in Megatron's `torch_dist` format: any layout can load it
-    random.safetensors    "<rank>/<name>": random states
-    trainer.json          counts of steps
+    record/               random.safetensors: random states, "<rank>/<name>"; trainer.json: counts of steps
+    config.json, …        what stands beside the weights of the model, so that this is a model folder
 
 The optimizer's state is stored parameter by parameter ("fully_reshardable"): Megatron's default cannot be saved, and
 the other way fits only other numbers of data-parallel ranks. Keys do not depend on whether experts have an optimizer of
@@ -29,12 +29,18 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from miles_core.errors import RunError, UserError
 from miles_core.roles import Written
 from miles_megatron.model import bare
 from miles_torch.checkpoint import random_states, save_file
 
+FOLDER = "dist"
+"""The folder of the distributed format, in a checkpoint and in a model folder that was converted."""
+
+_RECORD = "record"  # a folder: a model folder's own files would be weights by their names
 _REFERENCE = "reference."
 
 
@@ -58,6 +64,41 @@ def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
     return {
         name: bare(chunk).sharded_state_dict(metadata=metadata()) for name, chunk in zip(names, chunks, strict=True)
     }
+
+
+def model_tensors(chunks: Sequence[nn.Module]) -> dict[str, Any]:
+    """The model's part without what Transformer Engine adds (scales of fp8), which weights from elsewhere lack."""
+    tensors, _ = extract_matching_values(
+        model_state(chunks), lambda value: isinstance(value, ShardedTensor | ShardedTensorFactory)
+    )
+    found: dict[str, Any] = tensors
+    return found
+
+
+def content(copies: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return {"copies": list(copies)}
+
+
+def copies(folder: Path) -> list[str]:
+    """Those that the Hugging Face folder held which the weights came from."""
+    with _quiet():
+        found: list[str] = (dist_checkpointing.load_content_metadata(str(folder)) or {}).get("copies", [])
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch remarks that the common part is read by one process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def types(folder: Path) -> dict[str, torch.dtype]:
+    """Key of each tensor in a checkpoint -> its type."""
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {key: one.properties.dtype for key, one in stored.items() if isinstance(one, TensorStorageMetadata)}
 
 
 def optimizer_state(optimizer: Any, state: dict[str, Any], *, loading: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -114,9 +155,14 @@ def reference_state(chunks: Sequence[nn.Module], tensors: Mapping[int, Tensor]) 
     return {f"{_REFERENCE}{name}": dict_list_map_inplace(replaced, part) for name, part in model_state(chunks).items()}
 
 
-def write(state: dict[str, Any], folder: Path, options: Mapping[str, Any]) -> Written | None:
-    """Writes sharded state, as the fields of `CheckpointConfig` in `options` say. A collective. Raises `OSError` if
-    the disk refuses. None when it is written; with `async_save`, what says so: processes of Megatron's write a copy."""
+def write(
+    state: dict[str, Any], folder: Path, options: Mapping[str, Any], copies: Sequence[str] = ()
+) -> Written | None:
+    """Writes sharded state, as the fields of `CheckpointConfig` in `options` say. A collective. Raises `RunError` if
+    the disk refuses. None when it is written; with `async_save`, what says so: processes of Megatron's write a copy.
+
+    copies: of the Hugging Face folder, see `Table`.
+    """
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
@@ -129,6 +175,7 @@ def write(state: dict[str, Any], folder: Path, options: Mapping[str, Any]) -> Wr
             async_sharded_save=background,
             async_strategy="mcore",  # the other one needs a package of its own
             verify_integrity=bool(options.get("verify_integrity", False)),
+            content_metadata=content(copies),
         )
     return _scheduled(request) if background else None
 
@@ -158,19 +205,19 @@ def _scheduled(request: Any) -> Written:
     return written
 
 
-def read(state: dict[str, Any], folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+def read(state: dict[str, Any], folder: Path, options: Mapping[str, Any], *, partly: bool = False) -> dict[str, Any]:
     """Reads what sharded state asks for, under any layout. A collective. Raises `UserError` if it does not fit.
 
-    options: fields of `CheckpointConfig`.
+    options: fields of `CheckpointConfig`. partly: some layers of a model may be asked for without the others.
     """
     if not (folder / "metadata.json").is_file():
         raise UserError(f"{folder} holds no checkpoint in Megatron's distributed format")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch remarks that the common part is read by one process
+        with _quiet():
             loaded: dict[str, Any] = dist_checkpointing.load(
                 state,
                 str(folder),
+                validate_access_integrity=not partly,
                 strict=StrictHandling.RAISE_UNEXPECTED,
                 verify_integrity=bool(options.get("verify_integrity", False)),
             )
@@ -179,11 +226,11 @@ def read(state: dict[str, Any], folder: Path, options: Mapping[str, Any]) -> dic
     return loaded
 
 
-def put_model(chunks: Sequence[nn.Module], loaded: Mapping[str, Any]) -> None:
-    """Copies what `read` gave into the model."""
+def put_model(chunks: Sequence[nn.Module], loaded: Mapping[str, Any], *, tensors_only: bool = False) -> None:
+    """Copies what `read` gave into the model; of `model_tensors`, if `tensors_only`."""
     names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
     for name, chunk in zip(names, chunks, strict=True):
-        bare(chunk).load_state_dict(loaded[name], strict=True)
+        bare(chunk).load_state_dict(loaded[name], strict=not tensors_only)
 
 
 # ---- Beside it -----------------------------------------------------------------------------------------------------
@@ -199,6 +246,8 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     states: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
     dist.all_gather_object(states, _own_random())
     if dist.get_rank() == 0:
+        folder = folder / _RECORD
+        folder.mkdir()
         flat = {f"{rank}/{name}": state for rank, own in enumerate(states) for name, state in own.items()}
         save_file(flat, folder / "random.safetensors")
         (folder / "trainer.json").write_text(json.dumps({"format": 1, **record}) + "\n", encoding="utf-8")
@@ -208,6 +257,7 @@ def read_record(folder: Path, stage: str) -> dict[str, Any]:
     """The record, after setting this rank's random states. Raises `UserError` for another stage's."""
     from safetensors import safe_open
 
+    folder = folder / _RECORD
     record: dict[str, Any] = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     if record["stage"] != stage:
         raise UserError(f"{folder} was saved in stage {record['stage']!r}, not {stage!r}.")

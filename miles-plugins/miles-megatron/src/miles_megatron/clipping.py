@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer.optimizer import GRAD_NORM_GROUP_ATTR, SEPARATE_GRAD_NORM_GROUPS
 from torch import Tensor
 
 
@@ -18,9 +19,14 @@ from torch import Tensor
 def gradient_norm(optimizer: Any) -> float:
     """The norm over all ranks' gradients, which it leaves ready for `step`. A collective."""
     optimizer.prepare_grads()
+    return _norm(optimizer, None)
+
+
+def _norm(optimizer: Any, group: str | None) -> float:
+    """group: parameters that Megatron keeps out of the norm of all others: those of detached prediction layers."""
     total = 0.0
     for part in optimizer.chained_optimizers:
-        gradients = part.get_grads_for_grad_norm() if part.get_parameters() else []
+        gradients = part.get_grads_for_grad_norm(group) if part.get_parameters() else []
         squares = torch.zeros(1, device=torch.cuda.current_device())
         if gradients:
             squares += torch.stack(torch._foreach_norm(gradients)).square().sum()
@@ -32,13 +38,22 @@ def gradient_norm(optimizer: Any) -> float:
 @torch.no_grad()
 def step(optimizer: Any, norm: float) -> None:
     """Clips the gradients, whose norm over all ranks is `norm`, and changes the weights."""
-    scale = optimizer.config.clip_grad / (norm + 1e-6)
-    if 0 < scale < 1:
-        gradients = [_gradient(p) for part in optimizer.chained_optimizers for p in part.get_parameters()]
-        if found := [gradient for gradient in gradients if gradient is not None]:
-            torch._foreach_mul_(found, scale)
+    _clip(optimizer, None, norm)
+    for group in SEPARATE_GRAD_NORM_GROUPS:
+        if [part for part in optimizer.chained_optimizers if part.has_grad_norm_group(group)]:
+            _clip(optimizer, group, _norm(optimizer, group))
     if norm <= optimizer.config.grad_norm_skip_threshold:
         optimizer.step_with_ready_grads()
+
+
+def _clip(optimizer: Any, group: str | None, norm: float) -> None:
+    scale = optimizer.config.clip_grad / (norm + 1e-6)
+    if not 0 < scale < 1:
+        return
+    parameters = [p for part in optimizer.chained_optimizers for p in part.get_parameters()]
+    gradients = [_gradient(p) for p in parameters if getattr(p, GRAD_NORM_GROUP_ATTR, None) == group]
+    if found := [gradient for gradient in gradients if gradient is not None]:
+        torch._foreach_mul_(found, scale)
 
 
 def _gradient(parameter: Tensor) -> Tensor | None:

@@ -14,7 +14,12 @@ from pkgutil import resolve_name
 from typing import Any
 
 from megatron.core.models.gpt import gpt_layer_specs as megatron_specs
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_mlp_module_spec_for_backend
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+    get_gpt_mtp_block_spec_for_backend,
+    get_mlp_module_spec_for_backend,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -26,19 +31,42 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from miles_core.errors import UserError
+from miles_core.megatron import MegatronModel
 from miles_megatron import local
 
 
-def block(config: Any, modules: Mapping[str, str], vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, with a family's own `modules` in their places."""
+def block(config: Any, model: MegatronModel, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, with a family's own modules in their places."""
     if config.transformer_impl == "transformer_engine":
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     else:
         spec = _local_block(config, vp_stage)
-    if modules:
-        spec = copy.copy(spec)
-        spec.layer_specs = _with_modules(spec.layer_specs, modules, mixed=config.num_moe_experts is not None)
+    spec = copy.copy(spec)
+    specs = spec.layer_specs
+    if config.num_moe_experts is not None:
+        specs = _with_modules(specs, {"mlp.router": "miles_megatron.router:Router"}, mixed=True)
+    specs = _with_modules(specs, model.modules, mixed=config.num_moe_experts is not None)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    spec.layer_specs = [
+        _with_modules([own], model.layers.get(number, {}), mixed=False)[0] for number, own in enumerate(specs, first)
+    ]
     return spec
+
+
+def predictions(config: Any, spec: TransformerBlockSubmodules, vp_stage: int | None = None) -> Any:
+    """The layers that predict further tokens, which are made as the last layer is; None on all but the last stage."""
+    if config.transformer_impl == "transformer_engine":
+        return get_gpt_mtp_block_spec(config, spec, use_transformer_engine=True, vp_stage=vp_stage)
+    return get_gpt_mtp_block_spec_for_backend(config, spec, backend=local.LocalBackend(), vp_stage=vp_stage)
+
+
+def backend(config: Any) -> Any:
+    """The modules that layers are made of, for modules of a family that contain some of them."""
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        return TESpecProvider()
+    return local.LocalBackend()
 
 
 def _local_block(config: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -133,7 +161,7 @@ def _with_modules(specs: list[ModuleSpec], modules: Mapping[str, str], *, mixed:
 
 
 def _replace(spec: Any, place: str, module: Any) -> bool:
-    """Puts a module into its place; False if there is none."""
+    """Puts a module, or a specification of one, into its place; False if there is none."""
     *way, last = place.split(".")
     for name in way:
         spec = getattr(_submodules(spec), name, None)
@@ -141,7 +169,7 @@ def _replace(spec: Any, place: str, module: Any) -> bool:
     if not hasattr(holder, last):
         return False
     old = getattr(holder, last)
-    if isinstance(old, ModuleSpec):
+    if isinstance(old, ModuleSpec) and not isinstance(module, ModuleSpec):
         old.module = module
     else:
         setattr(holder, last, module)

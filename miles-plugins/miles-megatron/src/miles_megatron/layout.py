@@ -60,12 +60,30 @@ def check_model(options: TrainerOptions, model: MegatronModel) -> None:
                 f"trainer.transformer.{name} is {value!r}, but the model's config.json says "
                 f"{model.transformer[name]!r}; leave it out"
             )
+    further_layers(options, model)
+
+
+def further_layers(options: TrainerOptions, model: MegatronModel) -> int:
+    """How many layers that predict further tokens a run takes. Raises `UserError` if the model has fewer."""
+    wanted = int(options.transformer.get("mtp_num_layers") or 0)
+    found = len(model.predictions)
+    if wanted > found and not (found and options.transformer.get("mtp_use_repeated_layer")):
+        raise UserError(
+            f"trainer.transformer.mtp_num_layers is {wanted}, but the model's config.json says that it has {found} "
+            "layers which predict further tokens (num_nextn_predict_layers)"
+        )
+    if wanted and options.transformer.get("pipeline_model_parallel_layout"):
+        raise UserError(
+            "trainer.transformer.pipeline_model_parallel_layout cannot be set with mtp_num_layers: layers that predict "
+            "further tokens stand on the last stage"
+        )
+    return 1 if wanted and options.transformer.get("mtp_use_repeated_layer") else wanted
 
 
 def check_layout(layout: Layout, model: MegatronModel, world_size: int, options: TrainerOptions) -> None:
     """Refuses what cannot be divided and what Megatron would train wrongly without a word. Raises `UserError`."""
     _check_ranks(layout, world_size)
-    _check_model(layout, model)
+    _check_model(layout, model, options)
     _check_traps(layout, model, options)
 
 
@@ -84,20 +102,37 @@ def _check_ranks(layout: Layout, world_size: int) -> None:
         )
 
 
-def _check_model(layout: Layout, model: MegatronModel) -> None:
+_UNEVEN = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+"""Fields that divide layers unevenly over stages; whether they fit is Megatron's to say."""
+
+
+def _check_model(layout: Layout, model: MegatronModel, options: TrainerOptions) -> None:
     said = model.transformer
-    stages = layout.pipeline * (layout.virtual or 1)
-    wrong = {
-        f"the model's {said['num_attention_heads']} attention heads": (
-            said["num_attention_heads"], layout.tensor, "tensor_model_parallel_size"
+    uneven = any(options.transformer.get(name) for name in _UNEVEN)
+    heads, groups = said["num_attention_heads"], said.get("num_query_groups") or said["num_attention_heads"]
+    wholes = [
+        (heads, "attention heads", layout.tensor, "tensor_model_parallel_size"),
+        (max(groups, layout.tensor), "key-value heads", min(groups, layout.tensor), "tensor_model_parallel_size"),
+        (said.get("ffn_hidden_size", 0), "columns of an MLP", layout.tensor, "tensor_model_parallel_size"),
+        (said.get("num_moe_experts") or 0, "experts", layout.expert, "expert_model_parallel_size"),
+        (
+            said.get("moe_ffn_hidden_size") or 0, "columns of an expert", layout.expert_tensor,
+            "expert_tensor_parallel_size",
         ),
-        f"the model's {said['num_layers']} layers": (said["num_layers"], stages, "pipeline_model_parallel_size"),
-    }  # fmt: skip
-    if experts := said.get("num_moe_experts"):
-        wrong[f"the model's {experts} experts"] = (experts, layout.expert, "expert_model_parallel_size")
-    for what, (count, parts, name) in wrong.items():
+    ]  # fmt: skip
+    if not uneven:
+        stages = layout.pipeline * (layout.virtual or 1)
+        wholes.append((said["num_layers"], "layers", stages, "pipeline_model_parallel_size"))
+    for count, what, parts, name in wholes:
         if count % parts:
-            raise UserError(f"trainer.parallel.{name}: {what} cannot be divided by {parts}")
+            count, parts = (groups, layout.tensor) if what == "key-value heads" else (count, parts)
+            raise UserError(f"trainer.parallel.{name}: the model's {count} {what} cannot be divided by {parts}")
 
 
 def _check_traps(layout: Layout, model: MegatronModel, options: TrainerOptions) -> None:
@@ -119,6 +154,8 @@ def _check_traps(layout: Layout, model: MegatronModel, options: TrainerOptions) 
         )
     _check_virtual(layout, options)
     _check_precision(options)
+    if experts:
+        _check_routing({**model.defaults, **options.transformer})
 
 
 def _check_virtual(layout: Layout, options: TrainerOptions) -> None:
@@ -130,6 +167,33 @@ def _check_virtual(layout: Layout, options: TrainerOptions) -> None:
         raise UserError(
             "trainer.parallel: a virtual pipeline on two stages trains silently wrong unless overlap_p2p_comm = true "
             "and batch_p2p_comm = false; set these"
+        )
+
+
+_ROUTED_TOGETHER = {
+    "moe_expert_capacity_factor": "drops tokens by what else is in their micro-batch",
+    "moe_input_jitter_eps": "routes the same tokens in another way each time",
+    "moe_router_force_load_balancing": "routes tokens at random",
+    "moe_router_force_biased": "routes tokens at random",
+}
+_BALANCED_TOGETHER = ("aux_loss", "global_aux_loss", "sinkhorn", "quantile_balancing")
+
+
+def _check_routing(fields: Mapping[str, Any]) -> None:
+    """Refuses what would make results depend on micro-batches, and a coefficient that Megatron would ignore."""
+    for name, what in _ROUTED_TOGETHER.items():
+        if fields.get(name):
+            raise UserError(f"trainer.transformer.{name} cannot be set: it {what}")
+    said = fields.get("moe_router_load_balancing_type", "none")
+    kinds = [said] if isinstance(said, str) else list(said)
+    coefficient = fields.get("moe_aux_loss_coeff") or 0.0
+    coefficients = coefficient if isinstance(coefficient, list | tuple) else [coefficient] * len(kinds)
+    wrong = [kind for kind in kinds if kind in _BALANCED_TOGETHER]
+    if wrong or (any(coefficients) and "seq_aux_loss" not in kinds):
+        why = f"{wrong[0]!r} depends on what is in a micro-batch" if wrong else f"{said!r} does not use it"
+        raise UserError(
+            "trainer.transformer.moe_aux_loss_coeff and moe_router_load_balancing_type: "
+            f"{why}; set moe_router_load_balancing_type = 'seq_aux_loss', which balances each sample by itself"
         )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from miles_core.errors import UserError
 from miles_core.megatron import MegatronModel
-from miles_megatron import layers
+from miles_megatron import layers, router
 from miles_megatron.layout import Layout
 
 VOCABULARY_MULTIPLE = 128
@@ -54,6 +54,7 @@ def build(config: Any, model: MegatronModel, device: torch.device) -> list[nn.Mo
     try:
         with _fusion(config) as fuse:
             chunks = [fuse(_chunk(config, model, number).to(device)) for number in numbers]
+        router.check(chunks, config)
     except UserError:
         raise
     except (AssertionError, ValueError, NotImplementedError) as error:
@@ -82,13 +83,46 @@ def _fusion(config: Any) -> Iterator[Callable[[nn.Module], nn.Module]]:
         config.gradient_accumulation_fusion = config.gradient_accumulation_fusion or asked
 
 
+class Model(GPTModel):  # type: ignore[misc]
+    """Megatron's model, whose `output_processor` also gets, as `further`, the states that predict further tokens.
+
+    Megatron's own way computes their loss itself, with logits of its own and weights that depend on micro-batches.
+    Without gradients nothing further is computed.
+    """
+
+    def _postprocess(self, hidden_states: Tensor, output_processor: Any = None, **given: Any) -> Any:
+        if not given["mtp_in_postprocess"]:
+            return super()._postprocess(hidden_states, output_processor=output_processor, **given)
+        states = (hidden_states,)
+        if torch.is_grad_enabled():
+            passed = ("input_ids", "position_ids", "attention_mask", "padding_mask", "packed_seq_params")
+            rotary = ("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin", "sequence_len_offset")
+            predicted = self.mtp(
+                hidden_states=hidden_states,
+                embedding=self.embedding,
+                **{name: given[name] for name in (*passed, *rotary)},
+            )
+            states = predicted.chunk(1 + self.config.mtp_num_layers)
+        tied = self.share_embeddings_and_output_weights
+        return output_processor(
+            hidden_states=states[0],
+            further=states[1:],
+            output_layer=self.output_layer,
+            output_weight=self.shared_embedding_or_output_weight() if tied else None,
+            context=given["output_processor_context"],
+            config=self.config,
+        )
+
+
 def _chunk(config: Any, model: MegatronModel, stage: int | None) -> nn.Module:
     where = {"ignore_virtual": False, "vp_stage": stage}
     arguments = dict(model.gpt)
     size = padded_vocabulary(arguments.pop("vocab_size"), config.tensor_model_parallel_size)
-    chunk: nn.Module = GPTModel(
+    block = layers.block(config, model, stage)
+    chunk: nn.Module = Model(
         config=config,
-        transformer_layer_spec=layers.block(config, model.modules, stage),
+        transformer_layer_spec=block,
+        mtp_block_spec=layers.predictions(config, block, stage),
         vocab_size=size,
         pre_process=parallel_state.is_pipeline_first_stage(**where),
         post_process=parallel_state.is_pipeline_last_stage(**where),
@@ -111,8 +145,8 @@ class Local:
     """A parameter of this rank, or a buffer that is part of the model.
 
     name: as in mapping tables. tensor: this rank's part. dim: along which it is divided, None if it is whole.
-    expert: it belongs to the experts, which have groups of their own. copied: another rank holds the same under
-    another name: the last stage's copy of a tied embedding.
+    expert: it belongs to the experts, which have groups of their own. copied: it is the last stage's copy of the
+    embedding, which is the output layer, or which layers that predict further tokens read.
     """
 
     name: str
@@ -154,7 +188,9 @@ _GROUPED_EXPERT = re.compile(r"\.experts\.(linear_fc\d)\.(weight|bias)(\d+)$")
 def parameters(chunks: list[nn.Module]) -> Iterator[Local]:
     """All of this rank, in the order of the model."""
     for chunk in map(bare, chunks):
-        tied = chunk.share_embeddings_and_output_weights
+        copies = () if chunk.pre_process else ("embedding.word_embeddings.weight",)
+        if chunk.share_embeddings_and_output_weights:
+            copies = (*copies, "output_layer.weight")
         for name, tensor in _tensors(chunk):
             dim = getattr(tensor, "partition_dim", -1) if getattr(tensor, "tensor_model_parallel", False) else -1
             expert = ".experts." in name and ".shared_experts." not in name
@@ -163,7 +199,7 @@ def parameters(chunks: list[nn.Module]) -> Iterator[Local]:
                 tensor=tensor,
                 dim=dim if dim >= 0 else None,
                 expert=expert,
-                copied=tied and name == "output_layer.weight",
+                copied=name in copies,
             )
 
 

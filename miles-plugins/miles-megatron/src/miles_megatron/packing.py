@@ -147,12 +147,14 @@ class Row:
     tokens, positions: int64 [N]. bounds: where each sample begins and ends in the whole row, padding included. sources:
     int64 [T], the place in [N] whose output predicts each trained token; targets: int64 [T], those tokens; rows:
     int64 [T], their places in the batch's columns; segments: int64 [T], which of the micro-batch's samples each belongs
-    to; padding: bool [N].
+    to. samples: int64 [N], the same of each place; left: int64 [N], how many tokens of its sample follow, itself
+    included, 0 for padding.
     """
 
     tokens: Index
     positions: Index
-    padding: NDArray[np.bool_]
+    samples: Index
+    left: Index
     bounds: Index
     sources: Index
     targets: Index
@@ -165,21 +167,26 @@ class Row:
         return int(np.diff(self.bounds).max())
 
 
-def row(batch: Batch, micro: MicroBatch, cut: Cut, rank: int = 0) -> Row:
-    """The indices of a micro-batch on context-parallel rank `rank`."""
+def row(batch: Batch, micro: MicroBatch, cut: Cut, rank: int = 0, skipped: int = 0) -> Row:
+    """The indices of a micro-batch on context-parallel rank `rank`.
+
+    skipped: tokens between a place and the trained token that it predicts: 0 for the model itself, more for layers that
+    predict further tokens.
+    """
     lengths = [piece.padded for piece in micro.pieces]
     own = sum(lengths) // cut.context
     lengths[-1] += _fill_up(own, cut)
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     parts = [
-        _piece(batch, piece, length, int(start) // cut.context, number, cut.context, rank)
+        _piece(batch, piece, length, int(start) // cut.context, number, cut.context, rank, skipped)
         for number, (piece, length, start) in enumerate(zip(micro.pieces, lengths, bounds[:-1], strict=True))
     ]
-    tokens, positions, padding, sources, rows, segments = (np.concatenate(part) for part in zip(*parts, strict=True))
+    tokens, positions, samples, left, sources, rows, segments = map(np.concatenate, zip(*parts, strict=True))
     return Row(
         tokens=tokens,
         positions=positions,
-        padding=padding,
+        samples=samples,
+        left=left,
         bounds=bounds,
         sources=sources,
         targets=batch["tokens"][rows].astype(np.int64),
@@ -197,9 +204,9 @@ def _fill_up(own: int, cut: Cut) -> int:
 
 
 def _piece(
-    batch: Batch, piece: Piece, length: int, first: int, number: int, context: int, rank: int
-) -> tuple[Index, Index, NDArray[np.bool_], Index, Index, Index]:
-    """One sample on one rank, whose part of it begins at `first` of the rank's row."""
+    batch: Batch, piece: Piece, length: int, first: int, number: int, context: int, rank: int, skipped: int
+) -> tuple[Index, ...]:
+    """One sample on one rank, whose part of it begins at `first` of the rank's row: fields of `Row`."""
     start, end = int(batch.cu_seqlens[piece.sample]), int(batch.cu_seqlens[piece.sample + 1])
     places = _places(length, context, rank)
     padding = places >= piece.length
@@ -207,8 +214,12 @@ def _piece(
     where = np.full(length, -1, dtype=np.int64)
     where[places] = first + np.arange(len(places))
     trained = np.flatnonzero(batch["mask"][start:end])
-    trained = trained[where[trained - 1] >= 0]
-    return tokens, places, padding, where[trained - 1], start + trained, np.full(len(trained), number, dtype=np.int64)
+    trained = trained[trained > skipped]
+    sources = where[trained - 1 - skipped]
+    trained, sources = trained[sources >= 0], sources[sources >= 0]
+    left = np.maximum(piece.length - places, 0)
+    samples, segments = (np.full(len(own), number, dtype=np.int64) for own in (places, trained))
+    return tokens, places, samples, left, sources, start + trained, segments
 
 
 def _places(length: int, context: int, rank: int) -> Index:

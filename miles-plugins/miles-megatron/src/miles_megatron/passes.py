@@ -24,17 +24,24 @@ from torch import Tensor, nn
 
 from miles_core.filler import filler
 from miles_core.sample import Batch
+from miles_megatron import router
 from miles_megatron.head import token_logprobs
 from miles_megatron.packing import Cut, MicroBatch, Row, row
+from miles_megatron.router import Counted
 
 
 @dataclass(frozen=True)
 class Task:
-    """A micro-batch on this rank. segments: int64 [T], the sample of each token; samples: S."""
+    """A micro-batch on this rank. segments: int64 [T], the sample of each token; samples: S.
+
+    further: the same row for layers that predict further tokens, each with what it predicts. counted: for routers.
+    """
 
     micro: MicroBatch
     row: Row
     segments: Tensor
+    further: tuple[Row, ...]
+    counted: Counted | None
 
     @property
     def samples(self) -> int:
@@ -51,8 +58,17 @@ class Head:
     entropy: bool
 
 
-Objective = Callable[[Task, Tensor, Tensor | None], Tensor]
-"""Of a task, its log-probabilities [T] and entropies [T] or None: the scalar to be differentiated."""
+@dataclass(frozen=True)
+class Size:
+    """Tokens and samples that are read of a mini-batch, on all ranks together."""
+
+    tokens: int
+    samples: int
+
+
+Objective = Callable[[Task, Tensor, Tensor | None, Sequence[Tensor]], Tensor]
+"""Of a task, its log-probabilities [T], entropies [T] or None, and log-probabilities at temperature 1 of what each
+further layer predicts: the scalar to be differentiated."""
 
 
 class _SumOverContext(torch.autograd.Function):
@@ -112,35 +128,40 @@ class Passes:
     def forward(self, batch: Batch, micros: Sequence[MicroBatch], head: Head) -> list[tuple[Task, Tensor]]:
         """Log-probabilities of each micro-batch, without gradient; nothing on all but the last stage's ranks."""
 
-        def loss(task: Task, output: Tensor) -> tuple[Tensor, Tensor, Any]:
+        def loss(task: Task, output: Tensor, further: Sequence[Tensor]) -> tuple[Tensor, Tensor, Any]:
             return output.sum(), _no_tokens(), (task, output[0].detach())
 
         with torch.no_grad():
-            return self._run(batch, micros, head, loss, forward_only=True)
+            return self._run([self._task(batch, micro) for micro in micros], head, loss, forward_only=True)
 
     def forward_backward(
-        self, batch: Batch, micros: Sequence[MicroBatch], head: Head, objective: Objective
+        self, batch: Batch, micros: Sequence[MicroBatch], head: Head, objective: Objective, size: Size
     ) -> list[tuple[Task, Tensor]]:
         """Leaves the summed gradients in the buffers. Returns what `forward` returns."""
 
-        def loss(task: Task, output: Tensor) -> tuple[Tensor, Tensor, Any]:
-            entropy = output[1] if head.entropy else None
-            value = objective(task, output[0], entropy)
-            return value * 0.0 if task.micro.dummy else value, _no_tokens(), (task, output[0].detach())
+        def loss(task: Task, output: Tensor, further: Sequence[Tensor]) -> tuple[Tensor, Tensor, Any]:
+            value = objective(task, output[0], output[1] if head.entropy else None, further)
+            value = value * 0.0 if task.micro.dummy else value
+            _count_again(value, task)
+            return value, _no_tokens(), (task, output[0].detach())
 
-        return self._run(batch, micros, head, loss, forward_only=False)
+        tasks = [self._task(batch, micro, size) for micro in micros]
+        try:
+            return self._run(tasks, head, loss, forward_only=False)
+        finally:
+            router.counting(None)
 
     def _run(
-        self, batch: Batch, micros: Sequence[MicroBatch], head: Head, loss: Callable[..., Any], *, forward_only: bool
+        self, tasks: Sequence[Task], head: Head, loss: Callable[..., Any], *, forward_only: bool
     ) -> list[tuple[Task, Tensor]]:
-        rank = parallel_state.get_context_parallel_rank()
-        tasks = [self._task(batch, micro, rank) for micro in micros]
-
         def step(tasks: Iterator[Task], chunk: nn.Module) -> tuple[Tensor, Any]:
             task = next(tasks)
+            further: list[Tensor] = []
+            router.counting(task.counted)
             with filler(task.micro.dummy):
-                output = self._forward(task, chunk, head)
-            return output, lambda output: loss(task, output)
+                output = self._forward(task, chunk, head, further)
+            _count_again(output, task)
+            return output, lambda output: loss(task, output, further)
 
         found: list[tuple[Task, Tensor]] = get_forward_backward_func()(
             forward_step_func=step,
@@ -156,18 +177,29 @@ class Passes:
     def _longest(self, tasks: Sequence[Task]) -> int:
         return max(len(task.row.tokens) for task in tasks) * self.cut.context
 
-    def _task(self, batch: Batch, micro: MicroBatch, rank: int) -> Task:
+    def _task(self, batch: Batch, micro: MicroBatch, size: Size | None = None) -> Task:
+        """size: None for a pass without gradient, which needs no more than the tokens."""
+        rank = parallel_state.get_context_parallel_rank()
         indices = row(batch, micro, self.cut, rank)
-        return Task(micro, indices, self.move(indices.segments))
+        layers = range(1, 1 + (self.config.mtp_num_layers or 0)) if size is not None else ()
+        further = tuple(row(batch, micro, self.cut, rank, skipped) for skipped in layers)
+        counted = None if size is None or not router.counts(self.config) else self._counted(micro, indices, size)
+        return Task(micro, indices, self.move(indices.segments), further, counted)
 
-    def _forward(self, task: Task, chunk: nn.Module, head: Head) -> Tensor:
+    def _counted(self, micro: MicroBatch, indices: Row, size: Size) -> Counted:
+        left = np.zeros_like(indices.left) if micro.dummy else indices.left
+        return Counted(self.move(indices.samples), self.move(left), len(micro.pieces), size.tokens, size.samples)
+
+    def _forward(self, task: Task, chunk: nn.Module, head: Head, further: list[Tensor]) -> Tensor:
+        """further: where log-probabilities of further tokens go."""
+        rows = (task.row, *task.further)
         output: Tensor = chunk(
             input_ids=self.move(task.row.tokens)[None],
             position_ids=self.move(task.row.positions)[None],
             attention_mask=None,
             packed_seq_params=self._packed(task.row),
             output_processor=_last_stage,
-            output_processor_context=(head, self.move(task.row.sources), self.move(task.row.targets)),
+            output_processor_context=(head, [(self.move(r.sources), self.move(r.targets)) for r in rows], further),
         )
         return output
 
@@ -197,25 +229,51 @@ def _finalize(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any)
     finalize_model_grads(model, None, **kwargs)
 
 
+def _count_again(output: Tensor, task: Task) -> None:
+    """Says what routers count when the backward pass of a micro-batch begins, which may compute them again."""
+    if task.counted is not None and output.requires_grad:
+        output.register_hook(lambda _: router.counting(task.counted))  # type: ignore[no-untyped-call]
+
+
 def _last_stage(
-    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: Any, config: Any, **_: Any
+    *,
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    context: Any,
+    config: Any,
+    further: Sequence[Tensor] = (),
+    **_: Any,
 ) -> Tensor:
     """Log-probabilities and, if asked for, entropies of the trained tokens: [1 or 2, T]."""
-    head, sources, targets = context
+    head, (own, *others), found = context
+    weight = output_layer.weight if output_weight is None else output_weight
+    logprobs, entropy = _logprobs(hidden_states, weight, own, head, config)
+    plain = Head(head.vocabulary, temperature=1.0, entropy=False)
+    weight = weight.detach() if config.mtp_detach_heads else weight
+    for states, places in zip(further, others, strict=True):
+        found.append(_logprobs(states, weight, places, plain, config)[0])
+    return torch.stack([logprobs] if entropy is None else [logprobs, entropy])
+
+
+def _logprobs(
+    states: Tensor, weight: Tensor, places: tuple[Tensor, Tensor], head: Head, config: Any
+) -> tuple[Tensor, Tensor | None]:
+    """places: `sources` and `targets` of a `Row`."""
+    sources, targets = places
     if config.sequence_parallel:
-        hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=True)
     else:
-        hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
-    logprobs, entropy = token_logprobs(
+        hidden = tensor_parallel.copy_to_tensor_model_parallel_region(states)
+    return token_logprobs(
         hidden[:, 0][sources],
-        output_layer.weight if output_weight is None else output_weight,
+        weight,
         targets,
         vocabulary=head.vocabulary,
         temperature=head.temperature,
         entropy=head.entropy,
         group=parallel_state.get_tensor_model_parallel_group(),
     )
-    return torch.stack([logprobs] if entropy is None else [logprobs, entropy])
 
 
 def reduced(metrics: Mapping[str, Any] | None) -> Any:

@@ -27,7 +27,7 @@ def write(folder: Path, source: Path, layout: Sequence[BucketLayout], tensors: I
     tensors: in the order of `layout`, which says what there will be. Raises `OSError` if the disk refuses.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _copy_rest(source, folder, layout[0].dtype)
+    copy_rest(source, folder, layout[0].dtype)
     parts = _files(layout)
     stream = iter(tensors)
     where: dict[str, str] = {}
@@ -65,12 +65,14 @@ def _files(layout: Sequence[BucketLayout]) -> list[list[str]]:
     return files
 
 
-def _copy_rest(source: Path, folder: Path, dtype: str) -> None:
+def copy_rest(source: Path, folder: Path, dtype: str | None = None) -> None:
+    """What stands beside the weights of `source`: config, tokenizer, templates. dtype: what config.json shall say."""
     weights = {path for pattern in _WEIGHTS for path in source.glob(pattern)}
     for path in sorted(source.iterdir()):
-        if path.is_file() and path not in weights and path.name != "config.json":
+        if path.is_file() and path not in weights:
             shutil.copyfile(path, folder / path.name)
-    config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    text = json.dumps({**config, "dtype": dtype}, indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    if dtype is not None:
+        config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config.pop("torch_dtype", None)
+        text = json.dumps({**config, "dtype": dtype}, indent=2)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -28,15 +28,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from miles_core.errors import RunError, UserError
+from miles_core.megatron import MegatronModel
 from miles_core.roles import Bucket, BucketLayout, LossInputs, Segments, TrainerContext, TrainStage, Written
 from miles_core.run.mismatch import mismatch
 from miles_core.sample import Batch
-from miles_megatron import checkpoint, clipping, families, model, pretrained, schedule, settings
-from miles_megatron.layout import Layout
+from miles_megatron import checkpoint, clipping, families, model, pretrained, router, schedule, settings
+from miles_megatron.layout import Layout, further_layers
 from miles_megatron.offload import Offload
 from miles_megatron.options import TrainerOptions
 from miles_megatron.packing import MicroBatch, pieces, plan
-from miles_megatron.passes import Head, Passes, Task, on_last_stage, over_context, reduced
+from miles_megatron.passes import Head, Passes, Size, Task, on_last_stage, over_context, reduced
 from miles_megatron.weights import Exporter, Folder, Fresh, Table, load
 from miles_torch.metrics import Sums, report, summary
 from miles_torch.packing import describe
@@ -60,14 +61,12 @@ class MegatronTrainer:
         context = self.context
         torch.set_num_threads(context.threads)
         self._config_json = json.loads((context.model / "config.json").read_text(encoding="utf-8"))
-        self._model = families.describe(self._config_json)
+        self._model = self._describe()
         self._device = self._take_device()
         self._config = settings.transformer(self.options, self._model, context.world_size)
         self._join()
         chunks = model.build(self._config, self._model, self._device)
-        table = Table(self._model)
-        self._exporter = Exporter(chunks, table)
-        self._load(chunks, table)
+        self._load(chunks)
         self._bare: Any = model.bare(chunks[0]) if len(chunks) == 1 else nn.ModuleList(map(model.bare, chunks))
         if context.hooks is not None:
             context.hooks.model_built(context=context, model=self._bare)
@@ -95,13 +94,26 @@ class MegatronTrainer:
         )
         model.divide_ranks(Layout.of(self.options.parallel), context.seed, context.timeout_s)
 
-    def _load(self, chunks: list[nn.Module], table: Table) -> None:
+    def _describe(self) -> MegatronModel:
+        found = families.describe(self._config_json)
+        return found.predicting(further_layers(self.options, found))
+
+    def _load(self, chunks: list[nn.Module]) -> None:
         folder = self.context.model
+        if (folder / checkpoint.FOLDER).is_dir():
+            self._exporter = Exporter(chunks, Table(self._model, checkpoint.copies(folder / checkpoint.FOLDER)))
+            state = checkpoint.model_tensors(chunks)
+            checkpoint.put_model(chunks, checkpoint.read(state, folder / checkpoint.FOLDER, {}), tensors_only=True)
+            return
         if not any(folder.glob("*.safetensors")):
+            table = Table(self._model)
+            self._exporter = Exporter(chunks, table)
             load(chunks, table, Fresh(self.context.seed, float(self._config_json.get("initializer_range", 0.02))))
             return
         source = Folder(folder)
-        source.check(table, self._exporter.names)
+        table = Table(self._model, source.names)
+        self._exporter = Exporter(chunks, table)
+        source.check(table, self._exporter.shapes)
         load(chunks, table, source)
 
     def begin(self, stage: TrainStage) -> None:
@@ -185,7 +197,7 @@ class MegatronTrainer:
         for chunk in self._chunks:
             chunk.eval()
         for samples in _minibatches(batch):
-            micros = self._plan(batch, samples)
+            micros, _ = self._plan(batch, samples)
             if not micros:
                 continue
             for task, logprobs in self._passes.forward(batch, micros, self._head(batch, entropy=False)):
@@ -249,20 +261,20 @@ class MegatronTrainer:
         sums = Sums(self._device, parallel_state.get_data_parallel_group(with_context_parallel=True))
         given: list[tuple[Task, Tensor, Tensor]] = []  # looked at only if something is wrong: to look is to wait
 
-        def objective(task: Task, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
+        def objective(task: Task, logprobs: Tensor, entropy: Tensor | None, further: Sequence[Tensor]) -> Tensor:
             value, losses = self._objective(batch, task, logprobs, entropy, sums, first=first)
             if not task.micro.dummy:
                 given.append((task, logprobs.detach(), losses.detach()))
-            return value
+            return value + self._further(batch, task, further, sums) if further else value
 
         for chunk in self._chunks:
             chunk.train()
-        micros = self._plan(batch, samples)
+        micros, size = self._plan(batch, samples)
         if micros:
             head = self._head(batch, entropy=self._stage.entropy)
-            self._passes.forward_backward(batch, micros, head, objective)
+            self._passes.forward_backward(batch, micros, head, objective, size)
         found: dict[str, Any] = report(sums.reduce()) if on_last_stage() else {}
-        found = reduced(found)
+        found = reduced(found) | router.metrics(self._config, self._device)
         if not math.isfinite(found["loss"]):
             found["fault"] = self._fault([_first_not_finite(batch, *each) for each in given])
         return found
@@ -302,13 +314,25 @@ class MegatronTrainer:
             sums.add(name, values, count=not task.micro.dummy)
         return weighted.sum(), outputs.losses
 
-    def _plan(self, batch: Batch, samples: Sequence[int]) -> list[MicroBatch]:
+    def _further(self, batch: Batch, task: Task, further: Sequence[Tensor], sums: Sums) -> Tensor:
+        """The loss of layers that predict further tokens: each token's cross entropy, weighted as the token is, means
+        over the layers."""
+        total = torch.zeros((), device=self._device)
+        for row, logprobs in zip(task.further, further, strict=True):
+            weights = self._passes.move(batch["weights"][row.rows].astype(np.float32))
+            total = total - (weights * logprobs).sum()
+            sums.add("mtp/cross_entropy", -logprobs, count=not task.micro.dummy)
+        return total * float(self._config.mtp_loss_scaling_factor / len(further))
+
+    def _plan(self, batch: Batch, samples: Sequence[int]) -> tuple[list[MicroBatch], Size]:
+        """This rank's micro-batches, and the size of all."""
         found = pieces(batch, samples, self._passes.cut)
         ranks = parallel_state.get_data_parallel_world_size()
         group = self._config.pipeline_model_parallel_size if len(self._chunks) > 1 else 1
         budget = self._stage_options.micro_batch_tokens
         planned = plan(found, budget=budget, ranks=ranks, group=group)
-        return planned[parallel_state.get_data_parallel_rank()]
+        size = Size(sum(piece.length for piece in found), len(found))
+        return planned[parallel_state.get_data_parallel_rank()], size
 
     def _head(self, batch: Batch, *, entropy: bool) -> Head:
         """Greedy sampling reports log-probabilities at temperature 1."""
@@ -332,9 +356,12 @@ class MegatronTrainer:
         state = checkpoint.model_state(self._chunks)
         sharded, rest = checkpoint.optimizer_state(self._optimizer, state, loading=False)
         options = self._stage_options.checkpoint
-        written = checkpoint.write({**state, **sharded, **self._reference_state()}, folder / "dist", options)
+        whole = {**state, **sharded, **self._reference_state()}
+        written = checkpoint.write(whole, folder / checkpoint.FOLDER, options, self._exporter.table.copies)
         counts = {"optimizer_steps": self._scheduler.num_steps, "steps_taken": checkpoint.steps_taken(rest)}
         checkpoint.write_record(folder, {"stage": self._stage.name, **counts})
+        if self.context.rank == 0:  # so that the folder is a model by itself
+            pretrained.copy_rest(self.context.model, folder)
         return written
 
     def restore(self, folder: Path) -> None:
@@ -343,7 +370,7 @@ class MegatronTrainer:
         state = checkpoint.model_state(self._chunks)
         sharded, rest = checkpoint.optimizer_state(self._optimizer, state, loading=True)
         options = self._stage_options.checkpoint
-        loaded = checkpoint.read({**state, **sharded, **self._reference_state()}, folder / "dist", options)
+        loaded = checkpoint.read({**state, **sharded, **self._reference_state()}, folder / checkpoint.FOLDER, options)
         checkpoint.put_model(self._chunks, loaded)
         checkpoint.put_optimizer(self._optimizer, loaded["optimizer"], rest, int(record["steps_taken"]))
         self._scheduler.num_steps = 0

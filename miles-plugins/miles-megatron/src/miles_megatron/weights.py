@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,18 +36,23 @@ BUCKET_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Mapped:
-    """A parameter, its rule, and the names of the Hugging Face tensors that it is made of."""
+    """A parameter, its rule, the names of the Hugging Face tensors that it is made of, and of copies of them."""
 
     name: str
     rule: Weight
     hf: tuple[str, ...]
+    copies: tuple[str, ...]
 
 
 class Table:
-    """A model's mapping table."""
+    """A model's mapping table. held: names in its Hugging Face folder, which may hold copies of some tensors or not."""
 
-    def __init__(self, model: MegatronModel) -> None:
+    def __init__(self, model: MegatronModel, held: Collection[str] = ()) -> None:
         self.model = model
+        self._copies: dict[str, tuple[str, ...]] = {}
+        for copy, name in model.copies.items():
+            if copy in held:
+                self._copies[name] = (*self._copies.get(name, ()), copy)
         self._groups = model.transformer.get("num_query_groups", 0)
 
     def find(self, name: str) -> Mapped:
@@ -58,7 +63,7 @@ class Table:
             raise UserError(f"the family's mapping table has {many} for Megatron's parameter {name!r}")
         rule, match = found[0]
         numbers = match.groupdict()
-        return Mapped(name, rule, tuple(hf.format(**numbers) for hf in rule.hf))
+        return Mapped(name, rule, tuple(hf.format(**numbers) for hf in rule.hf), self._copies.get(name, ()))
 
     def join(self, mapped: Mapped, tensors: Sequence[Tensor], rows: int) -> Tensor:
         """The whole parameter with `rows` rows: more than the tensors have where a vocabulary is padded."""
@@ -84,6 +89,17 @@ class Table:
     def shapes(self, mapped: Mapped, shape: Sequence[int]) -> list[tuple[int, ...]]:
         """Of the tensors that a parameter of a shape is made of."""
         return [tuple(part.shape) for part in self.split(mapped, torch.empty(tuple(shape), device="meta"))]
+
+    def tensors(self, mapped: Mapped, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """All that a Hugging Face folder holds of a whole parameter."""
+        parts = self.split(mapped, whole)
+        yield from zip(mapped.hf, parts, strict=True)
+        yield from ((copy, parts[0].clone()) for copy in mapped.copies)  # a file holds nothing twice in one memory
+
+    @property
+    def copies(self) -> list[str]:
+        """Names of the copies that the folder holds."""
+        return [copy for copies in self._copies.values() for copy in copies]
 
     @staticmethod
     def is_vocabulary(name: str) -> bool:
@@ -162,19 +178,41 @@ class Folder:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged or incomplete: {error}; download the model again") from error
 
-    def check(self, table: Table, expected: frozenset[str]) -> None:
-        """Every expected tensor is there and nothing else, before any is read. Raises `UserError`."""
+    @property
+    def names(self) -> Collection[str]:
+        """Of all tensors."""
+        return self._where.keys()
+
+    def check(self, table: Table, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Every expected tensor is there in its shape and nothing else, before any is read. Raises `UserError`."""
         ignored = [re.compile(pattern) for pattern in (*table.model.ignored, r".*rotary_emb\.inv_freq")]
         if table.model.tied:
             ignored.append(re.compile(r"lm_head\.weight"))
-        missing = sorted(expected - set(self._where))
+        missing = sorted(expected.keys() - self._where.keys())
         extra = sorted(
-            name for name in set(self._where) - expected if not any(pattern.fullmatch(name) for pattern in ignored)
+            name
+            for name in self._where.keys() - expected.keys()
+            if not any(pattern.fullmatch(name) for pattern in ignored)
         )
         if missing:
             raise UserError(f"{self._folder} lacks {_some(missing)}, which the model's config.json asks for")
         if extra:
             raise UserError(f"{self._folder} holds {_some(extra)}, which the model's config.json does not know")
+        for name, shape in expected.items():
+            found = tuple(self._files[self._where[name]].get_slice(name).get_shape())
+            if found != shape:
+                raise UserError(
+                    f"{self._where[name]}: {name} has shape {found}, but the model's config.json makes it {shape}"
+                )
+
+    def dtype(self, names: Sequence[str]) -> torch.dtype:
+        """Of tensors that a parameter is made of, without reading them. Raises `UserError` if they differ in it."""
+        found: set[torch.dtype] = {self._files[self._where[name]].get_slice(name)[0:0].dtype for name in names}
+        if len(found) > 1:
+            raise UserError(
+                f"{self._folder}: {', '.join(names)} must be of one type, and are {sorted(map(str, found))}"
+            )
+        return found.pop()
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """See `Source`."""
@@ -184,11 +222,7 @@ class Folder:
             tensor: Tensor = self._files[self._where[name]].get_tensor(name)
         except SafetensorError as error:
             raise UserError(f"{self._where[name]}: {name} cannot be read: {error}") from error
-        if tuple(tensor.shape) != shape:
-            raise UserError(
-                f"{self._where[name]}: {name} has shape {tuple(tensor.shape)}, but the model's config.json makes "
-                f"it {shape}"
-            )
+        assert tuple(tensor.shape) == shape, "checked before"
         return tensor
 
 
@@ -205,8 +239,20 @@ def load(chunks: list[nn.Module], table: Table, source: Source) -> None:
             mapped = table.find(name)
             shapes = table.shapes(mapped, own.shape)
             tensors = [source.get(hf, shape) for hf, shape in zip(mapped.hf, shapes, strict=True)]
+            if own.replica == own.group.rank() == 0:
+                check_copies(mapped, tensors, source)
             whole = table.join(mapped, tensors, own.shape[0])
             own.tensor.copy_(table.divided(mapped, whole, own.dim, own.group.size())[own.group.rank()])
+
+
+def check_copies(mapped: Mapped, tensors: Sequence[Tensor], source: Source) -> None:
+    """Refuses copies of a parameter's tensors that are none. Raises `UserError`."""
+    for name in mapped.copies:
+        if not source.get(name, tuple(tensors[0].shape)).equal(tensors[0]):
+            raise UserError(
+                f"the tensor {name} is not the same as {mapped.hf[0]}, as it is in models that the trainer knows; "
+                "leave mtp_num_layers out"
+            )
 
 
 # ---- Out --------------------------------------------------------------------------------------------------------
@@ -239,12 +285,12 @@ class Exporter:
         placed: dict[str, Placed] = {}
         for one in (one for ranks in everywhere for one in ranks):
             placed.setdefault(one.name, one)
-        self._placed = sorted(placed.values(), key=lambda one: _order(one.name))
+        self._placed = sorted(placed.values(), key=lambda one: order(one.name))
 
     @property
-    def names(self) -> frozenset[str]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all Hugging Face tensors that the model is made of."""
-        return frozenset(name for name, _, _ in self._tensors())
+        return {name: shape for name, shape, _ in self._tensors()}
 
     def layout(self) -> list[BucketLayout]:
         """The buckets that `buckets` yields."""
@@ -265,8 +311,8 @@ class Exporter:
     def _tensors(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
         for placed in self._placed:
             mapped = self.table.find(placed.name)
-            for name, shape in zip(mapped.hf, self.table.shapes(mapped, placed.shape), strict=True):
-                yield name, shape, placed.dtype
+            for name, part in self.table.tensors(mapped, torch.empty(placed.shape, device="meta")):
+                yield name, tuple(part.shape), placed.dtype
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor, one after another; empty tensors on all ranks but 0. A collective."""
@@ -274,9 +320,9 @@ class Exporter:
             mapped = self.table.find(placed.name)
             whole = self._whole(placed, mapped)
             if whole is None:
-                yield from ((name, torch.empty(0)) for name in mapped.hf)
+                yield from ((name, torch.empty(0)) for name in (*mapped.hf, *mapped.copies))
             else:
-                yield from zip(mapped.hf, self.table.split(mapped, whole), strict=True)
+                yield from self.table.tensors(mapped, whole)
 
     def _whole(self, placed: Placed, mapped: Mapped) -> Tensor | None:
         """The parameter on rank 0, None on the others."""
@@ -322,7 +368,7 @@ def _bucket_layout(names: Iterable[str], shapes: Iterable[tuple[int, ...]], dtyp
     return BucketLayout(names=tuple(names), shapes=tuple(shapes), dtype=str(dtype).removeprefix("torch."))
 
 
-def _order(name: str) -> tuple[tuple[int, str], ...]:
+def order(name: str) -> tuple[tuple[int, str], ...]:
     """Layers and experts by number; embedding first, output layer last."""
     first = 0 if name.startswith("embedding.") else 2 if name.startswith("output_layer.") else 1
     numbers = [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
