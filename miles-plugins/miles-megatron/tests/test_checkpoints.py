@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from megatron_kit import make_model, make_trainer, run_jobs
+from safetensors.numpy import load_file
 
 from miles_core.errors import UserError
+from miles_megatron import start
 
 pytestmark = pytest.mark.timeout(900)  # many processes start, on few cores
 
@@ -43,12 +45,25 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     beside = {"checkpoint": {"async_save": True, "verify_integrity": True}, **TENSOR}
     writing = job(beside, "", "first", [0, 1]) | {"meanwhile": [2]}
-    first, on = run_jobs(folder / "a", 2, [writing, job(beside, "first", "", [2])])
-    second, other = run_jobs(
-        folder / "b", 4, [job(EXPERT_PIPELINE, "first", "second", []), job(EXPERT_PIPELINE, "first", "", [2])]
-    )
+    converted = {"model": str(folder / "converted"), "seeds": []}
+    start.prepare()
+    from miles_megatron.convert import hf_to_dist
+
+    hf_to_dist(Path(model), folder / "converted")
+    jobs = [writing, job(beside, "first", "", [2]), {**converted, "options": TENSOR}]
+    first, on, halves = run_jobs(folder / "a", 2, jobs)
+    jobs = [job(EXPERT_PIPELINE, "first", "second", []), job(EXPERT_PIPELINE, "first", "", [2])]
+    second, other, quarters = run_jobs(folder / "b", 4, [*jobs, {**converted, "options": EXPERT_PIPELINE}])
     (third,) = run_jobs(folder / "c", 2, [job(TENSOR, "second", "third", [])])
-    return {"folder": folder, "first": first, "second": second, "third": third, "on": on, "other": other}
+    loaded = {"halves": halves, "quarters": quarters}
+    return loaded | {"folder": folder, "first": first, "second": second, "third": third, "on": on, "other": other}
+
+
+def test_converted_weights_load_under_every_layout(saved: dict[str, Any]) -> None:
+    weights = load_file(saved["folder"] / "model" / "model.safetensors")
+    for which in ("halves", "quarters"):
+        assert saved[which]["weights"].keys() == weights.keys()
+        assert all(np.array_equal(saved[which]["weights"][name], weights[name]) for name in weights)
 
 
 def test_weights_are_the_same_under_another_layout_and_back(saved: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ print(json.dumps({
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
     declared = json.loads(done.stdout.splitlines()[-1])
     assert {section: sorted(surface.fields(section)) for section in declared} == declared
+    assert {"async_save", "verify_integrity"} <= surface.fields("checkpoint").keys()
     assert {"lr_decay_style", "lr_warmup_iters"} <= surface.fields("scheduler").keys()  # needs Python 3.12 to import
 
 
@@ -69,6 +70,8 @@ def test_every_reserved_field_exists_in_megatron() -> None:
             {"transformer": {"calculate_per_token_loss": False}},
             "calculate_per_token_loss cannot be set to False: the objective is a sum over tokens",
         ),
+        ({"checkpoint": {"save_interval": 3}}, "checkpoint.save_interval cannot be set to 3: Miles names, writes and"),
+        ({"checkpoint": {"async_sav": True}}, "checkpoint has no option 'async_sav'. Did you mean 'async_save'"),
         ({"ddp": {"average_in_collective": True}}, "average_in_collective cannot be set to True: gradients are summed"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1, got 0"),
     ],
@@ -93,6 +96,8 @@ def test_without_megatron_the_error_says_how_to_install_it(monkeypatch: pytest.M
 
 
 DENSE, SPARSE = qwen3(config_of("qwen3")), qwen3_moe(config_of("qwen3-moe"))
+GROUPS = qwen3({**config_of("qwen3"), "num_attention_heads": 6, "num_key_value_heads": 3})
+NARROW = qwen3({**config_of("qwen3"), "intermediate_size": 63})
 LATENT = dataclasses.replace(DENSE, transformer={**DENSE.transformer, "multi_latent_attention": True})
 
 
@@ -110,6 +115,14 @@ LATENT = dataclasses.replace(DENSE, transformer={**DENSE.transformer, "multi_lat
         (
             DENSE, 3, {"parallel": {"pipeline_model_parallel_size": 3}},
             "pipeline_model_parallel_size: the model's 4 layers cannot be divided by 3",
+        ),
+        (
+            GROUPS, 2, {"parallel": {"tensor_model_parallel_size": 2}},
+            "tensor_model_parallel_size: the model's 3 key-value heads cannot be divided by 2",
+        ),
+        (
+            NARROW, 2, {"parallel": {"tensor_model_parallel_size": 2}},
+            "tensor_model_parallel_size: the model's 63 columns of an MLP cannot be divided by 2",
         ),
         (DENSE, 2, {"parallel": {"expert_model_parallel_size": 2}}, "is for models with experts; this one has none"),
         (
@@ -157,6 +170,12 @@ def test_layouts_that_do_not_fit_or_train_wrongly_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=error):
         check_run(TrainerOptions(**options), {}, model, world_size)
+
+
+def test_layers_may_be_divided_unevenly() -> None:
+    parallel = {"pipeline_model_parallel_size": 3}
+    options = TrainerOptions(transformer={"num_layers_in_first_pipeline_stage": 2}, parallel=parallel)
+    check_run(options, {}, DENSE, 3)
 
 
 def test_options_and_checks_import_nothing_heavy() -> None:

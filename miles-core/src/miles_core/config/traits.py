@@ -400,7 +400,7 @@ def _check_model(
         raise UserError(
             f"{plan.origins['model.path']}: trainer {trainer.name!r} trains only models of installed families, and "
             f"none covers {', '.join(sorted(architectures(config))) or 'a config.json without architectures'}. "
-            f"Installed: {known or 'none'}"
+            f"Installed: {known or 'none'}. To write one: miles plugins new my-model --kind model"
         )
     _check_trainer(plan, trainer, config, family, catalog)
     longest = config.get("max_position_embeddings")

@@ -88,8 +88,7 @@ class Saving:
             raise self._failure(error) from error
 
     def _publish(self) -> None:
-        for path in [*self._folder.rglob("*"), self._folder]:
-            _sync(path)
+        sync(self._folder)
         if self._final.exists():
             _discard(self._final)
         self._folder.rename(self._final)
@@ -125,6 +124,12 @@ def _remove(left_over: Path) -> None:
         shutil.rmtree(left_over)
     else:
         left_over.unlink()
+
+
+def sync(folder: Path) -> None:
+    """Waits until everything in a folder is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from miles_core import TrainerSpec, WeightSyncSpec, hookimpl
+from miles_core import CommandSpec, TrainerSpec, WeightSyncSpec, hookimpl
 
 
 @hookimpl
@@ -33,4 +33,14 @@ def miles_weight_syncs() -> Iterable[WeightSyncSpec]:
         trainer="megatron",
         engine="torch",
         summary="Broadcasts flat buckets over a process group of its own, gloo or NCCL.",
+    )
+
+
+@hookimpl
+def miles_commands() -> Iterable[CommandSpec]:
+    """`miles convert`."""
+    yield CommandSpec(
+        name="convert",
+        ref="miles_megatron.commands:convert",
+        summary="Converts weights between a Hugging Face folder and Megatron's distributed format.",
     )

@@ -33,6 +33,7 @@ RENAMED: Mapping[str, tuple[Place, _Change]] = {
     "bias_gelu_fusion": (("transformer", "bias_activation_fusion"), _same),
     "bias_swiglu_fusion": (("transformer", "bias_activation_fusion"), _same),
     "check_for_nan_in_loss_and_grad": (("ddp", "check_for_nan_in_grad"), _same),
+    "cuda_graph_scope_deprecated": (("transformer", "cuda_graph_scope"), _same),
     "decoder_first_pipeline_num_layers": (("transformer", "num_layers_in_first_pipeline_stage"), _same),
     "decoder_last_pipeline_num_layers": (("transformer", "num_layers_in_last_pipeline_stage"), _same),
     "grad_reduce_in_bf16": (("ddp", "grad_reduce_in_fp32"), _opposite),

@@ -6,6 +6,8 @@ the model; the run file; what Miles defaults to. The run file against one of the
 
 from __future__ import annotations
 
+import enum
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +17,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from torch.nn import functional as F
 
-from miles_core.errors import UserError
+from miles_core.errors import UserError, nearest
 from miles_core.megatron import MegatronModel
 from miles_megatron.layout import Layout, check_layout, check_model, default_implementation
 from miles_megatron.options import TrainerOptions
@@ -98,9 +100,28 @@ def optimizer(options: TrainerOptions, reduction: DistributedDataParallelConfig)
     return _built(OptimizerConfig, fields, "optimizer")
 
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
+"""As Megatron's own command line calls them."""
+
+
+def _typed(cls: type[Any], name: str, value: Any) -> Any:
+    """A value of a run file as the class wants it: types and members of enumerations go by their names there."""
+    hint = typing.get_type_hints(cls).get(name) if isinstance(value, str) else None
+    kinds = [hint, *typing.get_args(hint)]
+    known: dict[str, Any] = dict(_DTYPES) if torch.dtype in kinds else {}
+    for kind in kinds:
+        if isinstance(kind, enum.EnumMeta):
+            known |= kind.__members__
+    if not known or (value not in known and str in kinds):
+        return value
+    if value not in known:
+        raise ValueError(f"{name} has no {value!r}. {nearest(value, known)}")
+    return known[value]
+
+
 def _built(cls: type[Any], fields: Mapping[str, Any], section: str) -> Any:
     """Megatron's own checks, as errors that say where to look."""
     try:
-        return cls(**fields)
+        return cls(**{name: _typed(cls, name, value) for name, value in fields.items()})
     except (AssertionError, TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"[trainer.{section}]: Megatron-core refuses this: {error}") from error
