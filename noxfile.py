@@ -37,7 +37,7 @@ EXTRAS = {"miles-core": "[testing]", "miles-trackers": "[mlflow,tensorboard,wand
 UNDECLARED = ("megatron-core", "psutil")
 SGLANG = ("sglang==0.5.17", "xgrammar==0.2.1", "apache-tvm-ffi==0.1.11", "openai==2.6.1")
 """What is installed without what it declares, which asks for CUDA."""
-TOOLS = ("hypothesis", "mkdocs-material", "mypy", "nox", "pytest", "pytest-timeout", "ruff", "uv")
+TOOLS = ("hypothesis", "mkdocs-material", "mypy", "nox", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "uv")
 
 # pip, and not uv, because only pip sees the find-links and indexes that pip is configured with, where a machine may
 # keep its CPU build of torch.
@@ -96,7 +96,8 @@ def types(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["workspace"])
 def tests(session: nox.Session) -> None:
     """All tests; arguments go to pytest: `nox -s tests -- -k grpo`."""
-    run(session, "pytest", *session.posargs)
+    # A process takes whole files, because their fixtures are runs by Ray; four of those fill a machine's memory.
+    run(session, "pytest", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", *session.posargs)
 
 
 @nox.session(default=False, reuse_venv=True, requires=["workspace"])
