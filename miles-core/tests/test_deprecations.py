@@ -73,8 +73,9 @@ def test_check_says_so_of_hooks_and_of_their_arguments_and_lets_it_pass(deprecat
 @pytest.fixture
 def marked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same in this process."""
-    for hook in (DeclarationHooks.miles_filters, DriverHooks.step_end):
-        monkeypatch.setattr(hook, "miles_spec", hook.miles_spec)  # type: ignore[attr-defined]
+    hooks: tuple[Any, ...] = (DeclarationHooks.miles_filters, DriverHooks.step_end)
+    for hook in hooks:
+        monkeypatch.setattr(hook, "miles_spec", hook.miles_spec)
     hookspec(warn_on_impl=DeprecationWarning(GOING))(DeclarationHooks.miles_filters)
     hookspec(warn_on_impl_args={"metrics": DeprecationWarning(METRICS)})(DriverHooks.step_end)
 

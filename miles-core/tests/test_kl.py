@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -59,7 +59,7 @@ def test_the_coefficient_follows_the_controller_of_ziegler_and_others(
     assert mine > 0
 
 
-def batch(**columns: list[float]) -> Batch:
+def batch(**columns: Sequence[float]) -> Batch:
     """Three samples of 3, 2 and 2 tokens; of the first one two are trained, of the last none is."""
     mask = np.array([False, True, True, False, True, False, False])
     return Batch(
@@ -82,14 +82,14 @@ def adapting(where: str) -> Any:
     """A plan whose stage adapts the coefficient of its advantage or its loss."""
     made = plan(steps=4)
     (stage,) = made.stages
-    spec = {"name": "fake", "ref": "fake_kl:advantage", "summary": "x", "options": "nowhere:Options"}
+    spec: Any = {"name": "fake", "ref": "fake_kl:advantage", "summary": "x", "options": "nowhere:Options"}
     component = (
         Component(spec=AdvantageSpec(**spec, kl_coef="kl_coef"), plugin="test", options=Options())
         if where == "advantage"
         else Component(spec=LossSpec(**spec, kl_coef="kl_coef"), plugin="test", options=Options())
     )
-    kl = KLSection(target=1.0, horizon=40)
-    return replace(made, stages=(replace(stage, kl=kl, **{where: component}),))
+    changes: Any = {"kl": KLSection(target=1.0, horizon=40), where: component}
+    return replace(made, stages=(replace(stage, **changes),))
 
 
 @pytest.mark.parametrize("where", ["advantage", "loss"])

@@ -91,9 +91,7 @@ def flags() -> dict[str, Flag]:
 def _parser() -> argparse.ArgumentParser:
     start.prepare()
     if sys.version_info < (3, 12):  # two files of Megatron's import it from there, though nothing calls it
-        from typing_extensions import override
-
-        setattr(typing, "override", override)  # noqa: B010  # mypy knows that typing has none
+        setattr(typing, "override", _same)  # noqa: B010  # mypy knows that typing has none
     from megatron.training.arguments import add_megatron_arguments
 
     parser: argparse.ArgumentParser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
