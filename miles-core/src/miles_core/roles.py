@@ -275,7 +275,7 @@ class EngineContext:
 
     frozen: its weights are those in the folder, and nobody will publish any: it is ready after `start`.
     index: which of the run's engines it is; max_tokens: longest prompt plus response; threads: CPU threads it may use;
-    hooks: calls `RolloutHooks` of the run's callbacks.
+    hooks: calls `RolloutHooks` of the run's callbacks. verify: weights are compared with what the trainer has sent.
     """
 
     model: Path
@@ -288,6 +288,7 @@ class EngineContext:
     folder: Path
     hooks: Any = None
     frozen: bool = False
+    verify: bool = False
 
 
 class Engine(Protocol):
@@ -363,7 +364,8 @@ class TrainerContext:
 
     address: "tcp://host:port" for torch.distributed. reference: whether ref_logprobs will be asked for.
     hooks: calls `TrainerHooks` of the run's callbacks. timeout_s: for every wait on another rank. role: what it trains;
-    a critic that has no ranks of its own is built after the policy's trainer, in the same process.
+    a critic that has no ranks of its own is built after the policy's trainer, in the same process. verify: engines
+    compare the weights that arrive with those that are sent.
     """
 
     model: Path
@@ -377,6 +379,7 @@ class TrainerContext:
     timeout_s: float
     hooks: Any = None
     role: Literal["policy", "critic"] = "policy"
+    verify: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -510,7 +513,7 @@ class WeightSender(Protocol):
         ...
 
     def send(self, buckets: Iterator[Bucket]) -> None:
-        """Sends all buckets to all engines. Every rank calls it; rank 0 sends."""
+        """Sends all buckets to all engines. Every rank calls it; rank 0 sends, with checksums if `context.verify`."""
         ...
 
     def close(self) -> None: ...
@@ -521,7 +524,8 @@ class WeightReceiver(Protocol):
 
     def connect(self) -> None: ...
     def receive(self, load: Callable[[Sequence[str], Sequence[Tensor]], None]) -> None:
-        """Receives all buckets, handing each one's tensors to `load`. Runs on a thread of its own."""
+        """Receives all buckets, handing each one's tensors to `load`. Runs on a thread of its own. `RunError` if
+        `context.verify` and a bucket's bytes are not those that were sent."""
         ...
 
     def close(self) -> None: ...

@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def _of_group(process: psutil.Process, group: int) -> bool:
 
 
 def context_of(folder: Path, gpus: int = 0, **changes: Any) -> EngineContext:
-    return engine_context(folder / "model", gpus, folder=folder, max_tokens=MAX_TOKENS, **changes)
+    context = engine_context(folder / "model", gpus, folder=folder, max_tokens=MAX_TOKENS, **changes)
+    return replace(context, verify=True)
 
 
 def borrower(server: SharedServer, context: EngineContext) -> SglangEngine:

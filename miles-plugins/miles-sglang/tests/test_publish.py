@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from sglang_kit import SharedServer, ask, collect, with_engine
 from miles_core.errors import RunError
 from miles_core.roles import Bucket, BucketLayout
 from miles_core.testing.models import make_model, response_logprobs, trainer_context, weights_of
+from miles_sglang import tagging
 from miles_sglang.engine import SglangEngine
 from miles_sglang.sync import Receiver, Sender
 
@@ -41,7 +44,7 @@ def layout_of(buckets: Sequence[Bucket]) -> list[BucketLayout]:
 
 
 async def meet(engine: SglangEngine) -> tuple[Sender, Receiver]:
-    sender = Sender(trainer_context(Path(), 0), 1)
+    sender = Sender(replace(trainer_context(Path(), 0), verify=True), 1)
     receiver = Receiver(engine.context, 1, sender.open(), layout_of(buckets_of(make_model())))
     await asyncio.gather(asyncio.to_thread(sender.connect), asyncio.to_thread(receiver.connect))
     return sender, receiver
@@ -110,5 +113,20 @@ def test_what_the_server_does_not_load_is_said(server: SharedServer) -> None:
                 asyncio.to_thread(sender.send, iter([wrong])), asyncio.to_thread(receiver.receive, engine.load)
             )
         await part((sender, receiver))
+
+    with_engine(server, use)
+
+
+def test_weights_that_arrive_otherwise_than_they_were_sent_are_found_out(
+    server: SharedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use(engine: SglangEngine) -> None:
+        ends = await meet(engine)
+        # Of the trainer only: the server is a process of its own.
+        monkeypatch.setattr(tagging, "checksum", lambda flat: hashlib.blake2b(b"something else").hexdigest())
+        with pytest.raises(RunError, match=r"what arrived of model.embed_tokens.weight … at engine 0 is not what the"):
+            await publish(engine, ends, make_model(), 1)
+        await engine.resume()
+        await part(ends)
 
     with_engine(server, use)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from sync_member import LAYOUT, Member, checksum
 
 from miles_core.errors import RunError
 from miles_core.roles import Bucket, TrainerContext
-from miles_torch.sync import TorchReceiver, TorchSender
+from miles_core.testing.models import engine_context
+from miles_torch.sync import TorchReceiver, TorchSender, _Channel
 
 
 def make_sender(engines: int, timeout_s: float = 20.0) -> TorchSender:
@@ -135,4 +138,37 @@ def test_the_meeting_point_listens_on_the_trainers_address_only():
         pass
     with pytest.raises(OSError):  # noqa: PT011 - refused or unreachable, by platform
         socket.create_connection(("127.0.0.2", port), timeout=2)
+    sender.close()
+
+
+def test_bytes_that_arrive_otherwise_than_they_were_sent_are_found_out(monkeypatch):
+    broadcast = _Channel.broadcast
+
+    def spoiling(channel, flat):
+        broadcast(channel, flat)
+        if channel.rank == 1 and channel.transfers == 2 and flat.dtype == torch.bfloat16:
+            flat.view(torch.uint8)[3] ^= 1
+
+    monkeypatch.setattr(_Channel, "broadcast", spoiling)
+    sender = make_sender(1, timeout_s=2)
+    sender._context = replace(sender._context, verify=True)
+    context = replace(engine_context(Path(), 0, folder=Path()), verify=True)
+    receiver = TorchReceiver(context, 1, sender.open(), LAYOUT)
+    received = []
+    with ThreadPoolExecutor(1) as pool:
+        connected = pool.submit(receiver.connect)
+        sender.connect()
+        connected.result()
+        for faults in (False, True):
+            sent = pool.submit(sender.send, iter(make_buckets(int(faults))))
+            if faults:
+                with pytest.raises(RunError, match="what arrived of c … at engine 0 is not what the trainer has sent"):
+                    receiver.receive(lambda names, tensors: received.extend(names))
+                with pytest.raises(RunError, match="weight sync"):  # which wait ends first is open
+                    sent.result()
+            else:
+                receiver.receive(lambda names, tensors: received.extend(names))
+                sent.result()
+    assert received == ["a", "b", "c", "d", "a", "b"]
+    receiver.close()
     sender.close()

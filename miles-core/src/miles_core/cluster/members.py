@@ -156,6 +156,7 @@ class TrainerMember(_Process):
             timeout_s=plan.cluster.deadline_s,
             hooks=hooks_of(plan, "trainer"),
             role=part,
+            verify=plan.publish.verify == "checksum",
         )
         self.parts[part] = resolve(self._classes[part])(_first_options(plan, part), self.contexts[part])
         self.parts[part].start()
@@ -286,6 +287,7 @@ class EngineMember(_Process):
             seed=plan.seed,
             folder=self.log.parent,
             hooks=hooks_of(plan, "rollout"),
+            verify=plan.publish.verify == "checksum",
         )
         self.engine = self._build(plan.engine.options, self.context)
         await self.engine.start()

@@ -275,10 +275,12 @@ class CheckpointSection:
 @dataclass(frozen=True, kw_only=True)
 class PublishSection:
     """`[publish]`: how new weights reach the engines. mode: how engines stop for them; see `roles.PauseMode`. sync: the
-    weight sync, which has to be said only where several serve the run's trainer and engine."""
+    weight sync, which has to be said only where several serve the run's trainer and engine. verify: "checksum" compares
+    what arrived with what was sent, and stops the run if it differs; it costs time at every publish."""
 
     mode: PauseMode = "drain"
     sync: str | None = None
+    verify: Literal["none", "checksum"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from miles_core.errors import RunError, UserError
 from miles_core.roles import EngineContext
-from miles_sglang import cpu, surface
+from miles_sglang import cpu, surface, tagging
 
 TESTED = "0.5.17"
 """The version of SGLang that this plugin works with: it stands on parts that other versions may lack."""
@@ -65,6 +65,8 @@ def _environment(context: EngineContext) -> dict[str, str]:
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
         "PYTHONUNBUFFERED": "1",
     }
+    if context.verify:
+        own[tagging.VERIFY] = "1"
     if not context.gpus:
         own |= cpu.ENVIRONMENT | {"OMP_NUM_THREADS": str(context.threads)}
     return {**os.environ, **own}

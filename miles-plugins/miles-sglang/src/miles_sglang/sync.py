@@ -25,6 +25,7 @@ from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_proces
 
 from miles_core.errors import RunError
 from miles_core.roles import Bucket, BucketLayout, EngineContext, TrainerContext
+from miles_sglang import tagging
 from miles_sglang.server import Server, beside
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Sender:
         self._context, self._engines = context, engines
         self._store: Any = None
         self._group: Any = None
+        self._transfers = 0
 
     def open(self) -> str:
         """Listens at a free port, on the address at which the other trainer ranks know this one."""
@@ -85,11 +87,14 @@ class Sender:
 
     def send(self, buckets: Iterator[Bucket]) -> None:
         """Broadcasts all buckets; a receiver returns when its server has loaded them."""
-        for bucket in buckets:
+        self._transfers += 1
+        for number, bucket in enumerate(buckets):
             if self._context.rank != 0:
                 continue
             assert self._group is not None, "connect first"
             flat = bucket.flat.contiguous().view(torch.uint8)
+            if self._context.verify:
+                self._store.set(f"checksum {self._transfers}/{number}", tagging.checksum(flat))
             try:
                 dist.broadcast(flat.cuda() if self._context.gpus else flat.cpu(), src=0, group=self._group)
             except RuntimeError as error:
@@ -108,6 +113,8 @@ class Receiver:
 
     def __init__(self, context: EngineContext, engines: int, address: str, layout: Sequence[BucketLayout]) -> None:
         self._server: Server = beside(context)
+        self._verify, self._transfers = context.verify, 0
+        self._store: Any = None
         self._index, self._engines, self._layout = context.index, engines, tuple(layout)
         place = urlsplit(address)
         assert place.hostname is not None
@@ -116,8 +123,8 @@ class Receiver:
 
     def connect(self) -> None:
         """Has the server's ranks join the trainer."""
-        store = TCPStore(self._host, self._port, is_master=False, wait_for_workers=False)
-        store.set("ranks", str(self._server.ranks))
+        self._store = TCPStore(self._host, self._port, is_master=False, wait_for_workers=False)
+        self._store.set("ranks", str(self._server.ranks))
         self._ask(
             "init_weights_update_group",
             master_address=self._host,
@@ -130,8 +137,9 @@ class Receiver:
 
     def receive(self, load: Callable[[Sequence[str], Sequence[Tensor]], None]) -> None:
         """Has the server receive and load all buckets of one transfer."""
-        for bucket in self._layout:
-            self._ask(
+        self._transfers += 1
+        for number, bucket in enumerate(self._layout):
+            answer = self._ask(
                 "update_weights_from_distributed",
                 names=bucket.names,
                 dtypes=[bucket.dtype] * len(bucket.names),
@@ -140,19 +148,30 @@ class Receiver:
                 load_format="flattened_bucket",
                 flush_cache=False,  # each version has its own part of the cache, see `tagging`
             )
+            if self._verify and not answer.endswith(f"={self._sent(number)}"):
+                raise RunError(
+                    f"weight sync: what arrived of {bucket.names[0]} … at {self._server.name} is not what the "
+                    f"trainer has sent (log: {self._server.log})"
+                )
+
+    def _sent(self, number: int) -> str:
+        """The checksum of a bucket of this transfer, as the trainer says it."""
+        sent: bytes = self._store.get(f"checksum {self._transfers}/{number}")
+        return sent.decode()
 
     def close(self) -> None:
         """Leaves the meeting, unless the server has ended before."""
         with contextlib.suppress(RunError):
             self._ask("destroy_weights_update_group", group_name=GROUP)
 
-    def _ask(self, path: str, **body: Any) -> None:
-        """Waits for the server's answer. `RunError` unless it has done what it was asked."""
+    def _ask(self, path: str, **body: Any) -> str:
+        """Waits for the server, and gives its message. `RunError` unless it has done what it was asked."""
         answer = _post(f"{self._server.url}/{path}", body, self._server)
         if not answer.get("success"):
             raise RunError(
                 f"weight sync: {self._server.name}: /{path}: {answer.get('message', answer)} (log: {self._server.log})"
             )
+        return str(answer.get("message"))
 
 
 def _post(url: str, body: Mapping[str, Any], server: Server) -> Mapping[str, Any]:

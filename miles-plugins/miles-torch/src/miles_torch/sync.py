@@ -10,6 +10,7 @@ gloo carries the bytes through host memory; if the trainer and all engines have 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -117,6 +118,16 @@ def _member(rank: int) -> str:
     return "the trainer" if rank == 0 else f"engine {rank - 1}"
 
 
+def checksum(flat: Tensor) -> str:
+    """Of a bucket's bytes."""
+    raw: Any = flat.contiguous().view(torch.uint8).cpu().numpy()
+    return hashlib.blake2b(raw).hexdigest()
+
+
+def _checksum_key(channel: _Channel, number: int) -> str:
+    return f"checksum {channel.transfers}/{number}"
+
+
 class TorchSender:
     """The trainer's side. See `miles_core.roles.WeightSender`; only rank 0 does anything."""
 
@@ -155,7 +166,9 @@ class TorchSender:
         channel = self._channel
         assert channel is not None, "open first"
         channel.meet()
-        for bucket in buckets:
+        for number, bucket in enumerate(buckets):
+            if self._context.verify:
+                channel.store.set(_checksum_key(channel, number), checksum(bucket.flat))
             channel.broadcast(bucket.flat.to(channel.device))
         channel.hear(f"loaded {channel.transfers}", range(1, channel.size))
 
@@ -193,13 +206,22 @@ class TorchReceiver:
         channel = self._channel
         assert channel is not None, "connect first"
         channel.meet()
-        for bucket in self._layout:
+        for number, bucket in enumerate(self._layout):
             sizes = [math.prod(shape) for shape in bucket.shapes]
             flat = self._buffer(bucket.dtype, sum(sizes))
             channel.broadcast(flat)
+            self._compare(channel, number, flat)
             parts = zip(torch.split(flat, sizes), bucket.shapes, strict=True)
             load(bucket.names, [part.view(shape) for part, shape in parts])
         channel.say(f"loaded {channel.transfers}")
+
+    def _compare(self, channel: _Channel, number: int, flat: Tensor) -> None:
+        if not self._context.verify or channel.store.get(_checksum_key(channel, number)) == checksum(flat).encode():
+            return
+        raise RunError(
+            f"weight sync: what arrived of {self._layout[number].names[0]} … at {_member(channel.rank)} is not what "
+            f"the trainer has sent."
+        )
 
     def _buffer(self, dtype: str, size: int) -> Tensor:
         """One buffer a dtype, as large as the largest bucket, used again and again."""
