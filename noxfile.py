@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 import tempfile
 import time
 import tomllib
@@ -37,6 +38,8 @@ EXTRAS = {"miles-core": "[testing]", "miles-trackers": "[mlflow,tensorboard,wand
 UNDECLARED = ("megatron-core", "psutil")
 SGLANG = ("sglang==0.5.17", "xgrammar==0.2.1", "apache-tvm-ffi==0.1.11", "openai==2.6.1")
 """What is installed without what it declares, which asks for CUDA."""
+STAND_IN = "./tests/stand_ins/pycosat"
+"""Instead of the one dependency that is compiled when it is installed."""
 TOOLS = ("hypothesis", "mkdocs-material", "mypy", "nox", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "uv")
 
 # pip, and not uv, because only pip sees the find-links and indexes that pip is configured with, where a machine may
@@ -48,9 +51,17 @@ nox.options.default_venv_backend = "virtualenv"
 def workspace(session: nox.Session) -> None:
     """Install every distribution, editable, and the tools; the other sessions run in this environment."""
     session.install(*CONSTRAINTS, *BUILDERS)
+    if not compiles():
+        session.install("--no-build-isolation", STAND_IN)
     editable = [part for member in MEMBERS for part in ("-e", f"./{member}{EXTRAS.get(member.name, '')}")]
     session.install("--no-build-isolation", *CONSTRAINTS, *editable, *TOOLS)
     session.install("--no-deps", "--ignore-requires-python", *CONSTRAINTS, *UNDECLARED)
+
+
+def compiles() -> bool:
+    """Whether extensions in C can be built here: with a compiler, and with Python's headers."""
+    (compiler, *_) = str(sysconfig.get_config_var("CC") or "cc").split()
+    return bool(shutil.which(compiler)) and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 def run(session: nox.Session, program: str, *arguments: str | Path, **environment: str) -> None:
@@ -151,7 +162,8 @@ def gathered(session: nox.Session, constraints: Sequence[str], wanted: Sequence[
     """
     shutil.rmtree(session.create_tmp())
     wheels = Path(session.create_tmp()).resolve() / "wheels"
-    run(session, "pip", "wheel", "-qq", "--no-build-isolation", *constraints, "-w", wheels, *wanted)
+    more = () if compiles() else (STAND_IN,)
+    run(session, "pip", "wheel", "-qq", "--no-build-isolation", *constraints, "-w", wheels, *wanted, *more)
     yield wheels
     shutil.rmtree(session.create_tmp())  # gigabytes; left for a look only if something fails
 
