@@ -6,9 +6,10 @@
 
 The same for both: a 3.4-million-parameter Qwen3 with its weights, 8 prompts of 64 tokens a step, 4 samples of exactly
 64 new tokens each (the end token lies outside the model's vocabulary, so nothing can stop early), one optimizer step,
-and float32. Miles runs twice: synchronously, as TRL does, where engine and trainer wait for each other and so one
-thread works at a time; and with `max_staleness = 1`, where they work at the same time, one thread each, so two in all,
-and a batch is one update old. The three take turns; each turn is a process of its own, whose first steps are not
+and the precision of training: float32, or with `--dtype bfloat16` what TRL does unless told otherwise, bfloat16 with
+parameters in float32. Miles runs twice: synchronously, as TRL does, where engine and trainer wait for each other and so
+one thread works at a time; and with `max_staleness = 1`, where they work at the same time, one thread each, so two in
+all, and a batch is one update old. The three take turns; each turn is a process of its own, whose first steps are not
 counted, so that neither start-up nor a slow moment of the machine decides. A step lasts from the end of the one before
 to its own end: generating, scoring, training and (Miles) sending the weights to the engine. Tokens are the generated
 ones.
@@ -41,7 +42,7 @@ LEARNING_RATE = 1e-6
 TOLERANCE = 0.5  # words are numerals, and the last is right within this share of 512, so about half of the samples are
 
 
-def make_workload(folder: Path, steps: int) -> None:
+def make_workload(folder: Path, steps: int, dtype: str) -> None:
     """Writes what both sides read: model/, prompts.jsonl, and workload.json for TRL, run.toml for Miles."""
     config = Qwen3Config(
         hidden_size=256, num_hidden_layers=4, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2,
@@ -73,12 +74,13 @@ def make_workload(folder: Path, steps: int) -> None:
         "new_tokens": NEW_TOKENS,
         "learning_rate": LEARNING_RATE,
         "tolerance": TOLERANCE,
+        "dtype": dtype,
     }
     (folder / "workload.json").write_text(json.dumps(workload))
-    (folder / "run.toml").write_text(tomli_w.dumps(run_file(folder, steps)))
+    (folder / "run.toml").write_text(tomli_w.dumps(run_file(folder, steps, dtype)))
 
 
-def run_file(folder: Path, steps: int) -> dict[str, object]:
+def run_file(folder: Path, steps: int, dtype: str) -> dict[str, object]:
     """The workload as a run of Miles; everything else is left at its default."""
     return {
         "folder": str(folder / "runs"),
@@ -88,7 +90,7 @@ def run_file(folder: Path, steps: int) -> dict[str, object]:
         "sampling": {"max_new_tokens": NEW_TOKENS},
         "reward": {"name": "number", "tolerance": TOLERANCE},
         "engine": {"name": "torch"},
-        "trainer": {"name": "torch", "optimizer": {"learning_rate": LEARNING_RATE}},
+        "trainer": {"name": "torch", "dtype": dtype, "optimizer": {"learning_rate": LEARNING_RATE}},
         "advantage": {"name": "grpo"},
         "loss": {"name": "grpo"},
     }
@@ -154,10 +156,11 @@ def main() -> None:
     parser.add_argument("--trl-python", required=True, help="the Python of an environment with TRL")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="counted steps of each turn")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what both train in")
     arguments = parser.parse_args()
     steps = arguments.steps + UNCOUNTED
     with tempfile.TemporaryDirectory() as name:
-        make_workload(Path(name), steps)
+        make_workload(Path(name), steps, arguments.dtype)
         compare(Path(name), arguments.trl_python, arguments.pairs, steps)
 
 
