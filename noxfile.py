@@ -108,7 +108,8 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests; arguments go to pytest: `nox -s tests -- -k grpo`."""
     # A process takes whole files, because their fixtures are runs by Ray; four of those fill a machine's memory.
-    run(session, "pytest", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", *session.posargs)
+    apart = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
+    run(session, "pytest", *apart, *session.posargs)
 
 
 @nox.session(default=False, reuse_venv=True, requires=["workspace"])

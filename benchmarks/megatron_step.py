@@ -158,7 +158,7 @@ def bare_model(shape: dict[str, Any], config: Any, source: Any, device: str) -> 
 
     model: Any = GPTModel(
         config=config,
-        transformer_layer_spec=layers.block(config, {}),
+        transformer_layer_spec=layers.block(config, source._model),
         vocab_size=shape["vocab_size"],
         max_sequence_length=shape["max_position_embeddings"],
         share_embeddings_and_output_weights=True,
