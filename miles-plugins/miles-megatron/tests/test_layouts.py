@@ -64,7 +64,8 @@ EXPERTS_FOUR: dict[str, dict[str, Any]] = {
 LATENT_TWO: dict[str, dict[str, Any]] = {
     "latent ep2": {"parallel": {"expert_model_parallel_size": 2}},
     "latent tp2 sp": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
-    "latent cp2": {"parallel": {"context_parallel_size": 2}},
+    "kimi cp2": {"parallel": {"context_parallel_size": 2}},  # the same with stretched positions
+    "glm pp2": {"parallel": {"pipeline_model_parallel_size": 2}},
 }
 LATENT_FOUR: dict[str, dict[str, Any]] = {
     "latent ep2 pp2": {"parallel": {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}},
@@ -77,7 +78,7 @@ SEEDS = [0, 1]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Layout -> what came of training under it, and each model's reference under its name."""
     folder = tmp_path_factory.mktemp("layouts")
-    models = {name: make_model(folder / name, name) for name in ("qwen3", "qwen3-moe", "deepseek-v3")}
+    models = {name: make_model(folder / name, name) for name in dict.fromkeys(map(model_of, ALL))}
     results = {}
     for name, model in models.items():
         reference = torch_trainer(model)
@@ -93,7 +94,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def model_of(layout: str) -> str:
-    return {"experts": "qwen3-moe", "latent": "deepseek-v3"}.get(layout.split()[0], "qwen3")
+    families = {"experts": "qwen3-moe", "latent": "deepseek-v3", "kimi": "kimi-k2", "glm": "glm4-moe"}
+    return families.get(layout.split()[0], "qwen3")
 
 
 @pytest.mark.parametrize("layout", ALL)
