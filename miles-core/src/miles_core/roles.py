@@ -26,6 +26,7 @@ from miles_core.sample import (
     ScoreRequest,
     Scores,
 )
+from miles_core.specs import Layout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,6 @@ PauseMode = Literal["drain", "abort", "retract", "in-place"]
 """How an engine stops for new weights. drain: what runs is finished first. abort: what runs returns as it is, status
 "aborted". retract: what runs goes back to the queue with the tokens it has, and its cache is computed again with the
 new weights. in-place: what runs goes on with its old cache and the new weights."""
-
 
 # ---- Losses and advantages: pure functions of records -------------------------------------------------------------
 
@@ -276,6 +276,7 @@ class EngineContext:
     frozen: its weights are those in the folder, and nobody will publish any: it is ready after `start`.
     index: which of the run's engines it is; max_tokens: longest prompt plus response; threads: CPU threads it may use;
     hooks: calls `RolloutHooks` of the run's callbacks. verify: weights are compared with what the trainer has sent.
+    sleeps: `sleep` will be called, so what it holds on GPUs must be able to go and come back.
     """
 
     model: Path
@@ -289,6 +290,7 @@ class EngineContext:
     hooks: Any = None
     frozen: bool = False
     verify: bool = False
+    sleeps: bool = False
 
 
 class Engine(Protocol):
@@ -323,8 +325,15 @@ class Engine(Protocol):
         """All tensors of `version` are loaded."""
         ...
 
-    async def sleep(self) -> None: ...
-    async def wake(self) -> None: ...
+    async def sleep(self) -> None:
+        """Gives GPU memory back; what generates is finished before, or goes on after `wake`, and later requests wait.
+        Its weights may be lost: they are loaded again before it generates."""
+        ...
+
+    async def wake(self, part: Literal["weights", "all"] = "all") -> None:
+        """Ends a sleep. "weights": only so far that `load` works; the rest comes with a second call."""
+        ...
+
     async def stop(self) -> None: ...
 
 
@@ -365,7 +374,7 @@ class TrainerContext:
     address: "tcp://host:port" for torch.distributed. reference: whether ref_logprobs will be asked for.
     hooks: calls `TrainerHooks` of the run's callbacks. timeout_s: for every wait on another rank. role: what it trains;
     a critic that has no ranks of its own is built after the policy's trainer, in the same process. verify: engines
-    compare the weights that arrive with those that are sent.
+    compare the weights that arrive with those that are sent. layout: where the engines are.
     """
 
     model: Path
@@ -380,6 +389,7 @@ class TrainerContext:
     hooks: Any = None
     role: Literal["policy", "critic"] = "policy"
     verify: bool = False
+    layout: Layout = "disaggregated"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -228,18 +228,24 @@ class TrainerSpec(Spec):
         _check_refs(self, critic=self.critic, check=self.check, flags=self.flags)
 
 
+Layout = Literal["disaggregated", "colocated"]
+"""Where trainer and engines are. disaggregated: each on machines and GPUs of its own. colocated: the GPUs of the
+trainer's ranks are those of the engines, in the same order; without GPUs, they are on one machine."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightSyncSpec(Spec):
     """A way for weights to go from a trainer to an engine.
 
     trainer, engine: names of the pair it serves. ref: the `roles.WeightSender` class, built on every trainer rank.
-    receiver: "module:Class" of the `roles.WeightReceiver`, built beside every engine.
+    receiver: "module:Class" of the `roles.WeightReceiver`, built beside every engine. layouts: where the two may be.
     """
 
     kind: ClassVar[str] = "weight sync"
     trainer: str
     engine: str
     receiver: str
+    layouts: frozenset[Layout] = frozenset({"disaggregated"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

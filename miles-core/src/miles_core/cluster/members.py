@@ -114,6 +114,9 @@ class _Process:
         load_exact(self.plan.plugin_set)
 
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""The environment variable that says which GPUs a process sees."""
+
 Part = Literal["policy", "critic"]
 """What a trainer process trains."""
 
@@ -128,6 +131,10 @@ class TrainerMember(_Process):
         self.contexts: dict[Part, TrainerContext] = {}
         self._writing: dict[Part, Written] = {}
         self.sender: Any = None
+
+    def visible(self) -> str:
+        """The GPUs that Ray lets this rank see."""
+        return os.environ.get(VISIBLE, "")
 
     def enter(self) -> None:
         """Prepares the process and imports what it will train with."""
@@ -157,6 +164,7 @@ class TrainerMember(_Process):
             hooks=hooks_of(plan, "trainer"),
             role=part,
             verify=plan.publish.verify == "checksum",
+            layout=plan.placement.layout,
         )
         self.parts[part] = resolve(self._classes[part])(_first_options(plan, part), self.contexts[part])
         self.parts[part].start()
@@ -203,6 +211,16 @@ class TrainerMember(_Process):
         """Trains on a batch."""
         metrics: Mapping[str, float] = self.parts[part].update(batch, step, passes)
         return metrics
+
+    def sleep(self) -> None:
+        """Gives its GPU memory back."""
+        for trained in self.parts.values():
+            trained.sleep()
+
+    def wake(self) -> None:
+        """Ends a sleep."""
+        for trained in self.parts.values():
+            trained.wake()
 
     def save(self, part: Part, folder: Path) -> bool:
         """Everything that `restore` needs. Whether it is written already."""
@@ -264,6 +282,11 @@ class EngineMember(_Process):
         self.receiver: Any = None
         self.finished: list[Finished] = []
         self.tasks: set[asyncio.Task[None]] = set()
+        self.asleep = False
+
+    async def see(self, gpus: str) -> None:
+        """The GPUs of the trainer's ranks with which it is colocated; before anything looks for GPUs."""
+        os.environ[VISIBLE] = gpus
 
     async def enter(self) -> None:
         """Prepares the process and imports the engine."""
@@ -288,6 +311,7 @@ class EngineMember(_Process):
             folder=self.log.parent,
             hooks=hooks_of(plan, "rollout"),
             verify=plan.publish.verify == "checksum",
+            sleeps=plan.placement.takes_turns,
         )
         self.engine = self._build(plan.engine.options, self.context)
         await self.engine.start()
@@ -298,12 +322,24 @@ class EngineMember(_Process):
         await asyncio.to_thread(self.receiver.connect)
 
     async def receive(self, version: int) -> None:
-        """Receives the weights of `version` while generation is paused."""
+        """Receives the weights of `version` while generation is paused, or while only weights are awake."""
         mode: PauseMode = self.plan.publish.mode
-        await self.engine.pause(mode)
+        if not self.asleep:
+            await self.engine.pause(mode)
         await asyncio.to_thread(self.receiver.receive, self.engine.load)
         self.engine.set_version(version)
-        await self.engine.resume()
+        if not self.asleep:
+            await self.engine.resume()
+
+    async def sleep(self) -> None:
+        """Gives its GPU memory back when nothing generates any more; later requests wait."""
+        await self.engine.sleep()
+        self.asleep = True
+
+    async def wake(self, part: Literal["weights", "all"]) -> None:
+        """Ends a sleep, or only so far that it can receive weights."""
+        await self.engine.wake(part)
+        self.asleep = part != "all"
 
     async def submit(self, requests: Sequence[Request]) -> None:
         """Requests that enter the engine together."""

@@ -56,15 +56,19 @@ Call = tuple[Member, str, tuple[Any, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What one member needs of the cluster."""
+    """What one member needs of the cluster. beside: members that say the same word are on one machine."""
 
     cpus: int
     gpus: int = 0
+    beside: str | None = None
 
-    @property
-    def bundle(self) -> dict[str, float]:
-        """As Ray names it."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+
+def bundles(places: Mapping[str, Place]) -> dict[str, dict[str, float]]:
+    """What is reserved, as Ray names it, by what is beside each other, or by a member's own name."""
+    found: dict[str, Counter[str]] = {}
+    for name, place in places.items():
+        found.setdefault(place.beside or name, Counter()).update({"CPU": place.cpus, "GPU": place.gpus})
+    return {name: {kind: count for kind, count in needs.items() if count} for name, needs in found.items()}
 
 
 class Session:
@@ -86,7 +90,7 @@ class Session:
         """
         self._connect()
         self._check_resources()
-        self._group = placement_group([place.bundle for place in self._places.values()], strategy="PACK")
+        self._group = placement_group([*bundles(self._places).values()], strategy="PACK")
         if not self._group.wait(self.deadline_s):
             raise RunError(
                 f"the cluster has not given the run its {self._needs()} within {self.deadline_s:g} s "
@@ -138,7 +142,8 @@ class Session:
         place = self._places[name]
         log = self._logs / f"{name.replace(' ', '-')}.log"
         strategy = PlacementGroupSchedulingStrategy(
-            placement_group=self._group, placement_group_bundle_index=list(self._places).index(name)
+            placement_group=self._group,
+            placement_group_bundle_index=list(bundles(self._places)).index(place.beside or name),
         )
         options = {"num_cpus": place.cpus, "num_gpus": place.gpus, "scheduling_strategy": strategy, "max_restarts": 0}
         member = Member(name, ray.remote(cls).options(**options).remote(name, log, *args), log)

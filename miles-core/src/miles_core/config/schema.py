@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from miles_core.roles import PauseMode
 from miles_core.sample import Sampling
-from miles_core.specs import Options, Spec
+from miles_core.specs import Layout, Options, Spec
 
 OldPolicy = Literal["recompute", "rollout", "interpolate"]
 Aggregation = Literal["token", "sequence", "sequence-sum", "group", "constant"]
@@ -284,6 +284,22 @@ class PublishSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlacementSection:
+    """`[placement]`: where trainer and engines are. layout: "disaggregated", each on GPUs of its own, or "colocated":
+    the GPUs of the trainer's ranks are those of the engines, in the same order, and they take turns; without GPUs they
+    are beside each other on one machine. sleep: of two that are colocated, the one that does not work gives its GPU
+    memory back meanwhile; without it, both must fit at once."""
+
+    layout: Layout = "disaggregated"
+    sleep: bool = True
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether one sleeps while the other works."""
+        return self.sleep and self.layout == "colocated"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterSection:
     """`[cluster]`: where the processes run. address: of a running Ray cluster; without one, Ray is started on this
     machine and lives as long as the run. deadline_s: the longest wait for any process, in seconds; past it the run
@@ -405,6 +421,7 @@ class Plan:
     critic: Component | None = None
     critic_section: CriticSection | None = None
     teacher: Teacher | None = None
+    placement: PlacementSection = field(default_factory=PlacementSection)
 
     @property
     def steps(self) -> int:

@@ -29,6 +29,7 @@ from miles_core.run.loop import train
 from miles_core.run.model import prepare_teacher, vocabulary_size
 from miles_core.run.producer import built
 from miles_core.run.trackers import METRICS_FILE, JsonLines
+from miles_core.run.turns import Turns
 
 POLICY = "policy"
 """Folder of the finished policy, in the run's."""
@@ -73,6 +74,7 @@ class Run:
         self.plan, self.model, self.resumed, self.console = plan, model, resumed, console
         self.step = resumed.step if resumed else 0
         self.session = Session(plan.cluster, _places(plan), plan.folder / "logs")
+        self.turns = Turns(self.session, sleeps=plan.placement.takes_turns)
         self.info = RunInfo(
             name=plan.name,
             folder=plan.folder,
@@ -109,14 +111,15 @@ class Run:
             self.session.start()  # on the main thread, where Ray sets its signal handlers
         with self.console.phase("starting trainer, engines and collector"):
             self._spawn()
+            await self._share_gpus()
             *_, remarks = await self.session.ask_all(self.session.members, "enter")  # no GPU is touched yet
             for remark in remarks:
                 self.console.say(remark, "yellow")
-            await asyncio.gather(self._start_trainers(), self._start_engines())
+            await self._start_members()
             if self.engines:
                 await self._connect()
         await self._take_up()
-        await self._send(self.step)
+        await self._generating(new=True)
         self._tell("run_start")
 
     async def _take_up(self) -> None:
@@ -155,6 +158,28 @@ class Run:
         handles = [(engine.name, engine.actor, engine.log) for engine in self.engines]
         self.collector = self.session.spawn(CollectorMember, "collector", plan, self.model, handles)
 
+    async def _share_gpus(self) -> None:
+        """Colocated engines see the GPUs that Ray gave to the trainer's ranks, and no others."""
+        section = self.plan.engine_section
+        if self.plan.placement.layout != "colocated" or section is None or not section.gpus:
+            return
+        visible = await self.session.ask_all(self.trainers, "visible")
+        await self.session.gather(
+            [
+                (engine, "see", (",".join(visible[first : first + section.gpus]),))
+                for engine, first in zip(self.engines, range(0, len(visible), section.gpus), strict=True)
+            ]
+        )
+
+    async def _start_members(self) -> None:
+        """Engines that share their GPUs take what memory they find, so they start alone, and sleep."""
+        if not self.plan.placement.takes_turns:
+            await asyncio.gather(self._start_trainers(), self._start_engines())
+            return
+        await self._start_engines()
+        await self.turns.begin(self.trainers, self.engines)
+        await self._start_trainers()
+
     async def _start_trainers(self) -> None:
         reference = any("ref_logprobs" in stage_columns(stage) for stage in self.plan.stages)
         parts: list[tuple[Part, Sequence[Member], bool]] = [("policy", self.trainers, reference)]
@@ -187,6 +212,7 @@ class Run:
 
     async def _begin(self, stage: int, folder: Path | None = None) -> None:
         """Starts a stage everywhere, or goes on with it from a checkpoint."""
+        await self._training()
         self._begun = stage
         await self.session.gather(
             [
@@ -225,6 +251,7 @@ class Run:
     async def finish(self) -> None:
         """The last checkpoint, and the policy for transformers."""
         await self.name_checkpoint(wait=True)
+        await self._training()
         with self.console.phase("writing the policy"):
             async with Saving(self.plan.folder, self.plan.folder / POLICY) as folder:
                 await self.session.ask_all(self.trainers, "save_pretrained", folder)
@@ -263,8 +290,10 @@ class Run:
                 await self._begin(index)
             started = time.monotonic()
             self.seconds = defaultdict(float)
+            await self._generating()
             ref, collected = await self._collected("next_batch")
             self._tell("rollout_end", step=self.step, metrics=dict(collected.metrics))
+            await self._training()
             yield BatchRef(
                 ref=ref,
                 step=self.step,
@@ -353,17 +382,31 @@ class Run:
     async def publish(self, version: int) -> None:
         """All engines generate with these weights from now on."""
         self.step = version
-        with self._timed("publish"):
-            await self._send(version)
+        await self._generating(new=True)
 
-    async def _send(self, version: int) -> None:
-        if self.engines:
+    async def _send(self) -> None:
+        """The weights of this step to all engines."""
+        if not self.engines:
+            return
+        with self._timed("publish"):
             await self.session.gather(
                 [
-                    *((trainer, "publish", (version,)) for trainer in self.trainers),
-                    *((engine, "receive", (version,)) for engine in self.engines),
+                    *((trainer, "publish", (self.step,)) for trainer in self.trainers),
+                    *((engine, "receive", (self.step,)) for engine in self.engines),
                 ]
             )
+
+    async def _training(self) -> None:
+        """What comes next is for the trainer."""
+        with self._timed("turns"):
+            await self.turns.train()
+
+    async def _generating(self, *, new: bool = False) -> None:
+        """What comes next is for the engines. new: they have not had the weights of this step."""
+        publishing = self.seconds["publish"]
+        with self._timed("turns"):
+            await self.turns.generate(self._send, new=new)
+        self.seconds["turns"] -= self.seconds["publish"] - publishing
 
     async def step_end(self, report: Report) -> None:
         """Metrics to trackers, callbacks and the terminal; then an evaluation and a checkpoint if they are due."""
@@ -381,7 +424,10 @@ class Run:
         """All numbers of a step, and where its time went; what is none of the named is "other"."""
         total = time.monotonic() - report.batch.started
         spent = {**report.batch.seconds, **self.seconds}
-        named = ("generate", "reward", *(["teacher"] if self.teachers else []), "train", "publish")
+        there = {"teacher": bool(self.teachers), "turns": self.plan.placement.takes_turns}
+        named = [
+            name for name in ("generate", "reward", "teacher", "train", "turns", "publish") if there.get(name, True)
+        ]
         seconds = {name: spent.get(name, 0.0) for name in named}
         seconds |= {"other": max(total - sum(seconds.values()), 0.0), "step": total}
         tokens = report.batch.metrics.get("response_tokens", 0.0)
@@ -406,6 +452,7 @@ class Run:
             return
         if self.step % every and self.step not in ends:
             return
+        await self._generating()
         with self.console.phase("evaluating"):
             metrics = await self._collected("evaluate")
         self._log(self.step, metrics)
@@ -415,6 +462,7 @@ class Run:
     async def save(self) -> None:
         """A checkpoint of this step. Trainers may still write it when this returns: see `name_checkpoint`."""
         await self.name_checkpoint(wait=True)
+        await self._training()
         final = checkpoint.folder_of(self.plan.folder, self.step)
         with self.console.phase("saving a checkpoint"):
             async with contextlib.AsyncExitStack() as saving:
@@ -495,14 +543,20 @@ class _Timed:
 def _places(plan: Plan) -> dict[str, Place]:
     """What each member needs, by its name."""
     trainer, engine = plan.trainer_section, plan.engine_section
-    places = {
-        f"trainer {rank}": Place(cpus=trainer.threads, gpus=int(trainer.gpus > 0)) for rank in range(trainer.world_size)
-    }
+    shared = engine is not None and plan.placement.layout == "colocated"
+    place = Place(cpus=trainer.threads, gpus=int(trainer.gpus > 0))
+    places = {f"trainer {rank}": place for rank in range(trainer.world_size)}
+    if engine is not None and shared:
+        ranks = max(engine.gpus, 1)  # so many are beside an engine
+        places = {
+            name: replace(place, beside=f"engine {rank // ranks}") for rank, (name, place) in enumerate(places.items())
+        }
     if (critic := plan.critic_section) is not None:
         place = Place(cpus=critic.threads, gpus=int(critic.gpus > 0))
         places |= {f"critic {rank}": place for rank in range(critic.world_size)}
     if engine is not None:
-        places |= {f"engine {index}": Place(cpus=engine.threads, gpus=engine.gpus) for index in range(engine.count)}
+        gpus = 0 if shared else engine.gpus  # those of the trainer's ranks
+        places |= {f"engine {index}": Place(cpus=engine.threads, gpus=gpus) for index in range(engine.count)}
     if plan.teacher is not None:
         section = plan.teacher.engine_section
         place = Place(cpus=section.threads, gpus=section.gpus)

@@ -50,7 +50,7 @@ STAGE_KEYS = (
 
 RUN_KEYS = (
     "name", "folder", "seed", "model", "engine", "teacher", "trainer", "critic", "evaluation", "checkpoint", "publish",
-    "cluster", "plugins", "callbacks", "trackers", "stages",
+    "placement", "cluster", "plugins", "callbacks", "trackers", "stages",
 )  # fmt: skip
 """What is the same for the whole run."""
 
@@ -111,6 +111,7 @@ class _Planner:
         evaluation = read.section("evaluation", schema.EvaluationSection)
         checkpoint = read.section("checkpoint", schema.CheckpointSection)
         publish = read.section("publish", schema.PublishSection)
+        placement = read.section("placement", schema.PlacementSection)
         cluster = read.section("cluster", schema.ClusterSection)
         read.section("plugins", schema.PluginsSection)
         callbacks = read.components("callbacks", CallbackSpec)
@@ -142,6 +143,7 @@ class _Planner:
             evaluation=evaluation,
             checkpoint=checkpoint,
             publish=publish,
+            placement=placement,
             cluster=cluster,
             stages=stages,
             callbacks=tuple(one.component for one in callbacks),
@@ -367,8 +369,11 @@ def _find_sync(plan: schema.Plan, catalog: Catalog) -> schema.Component | None:
     if plan.engine is None:
         return None
     entries, pair = catalog.all(WeightSyncSpec), (plan.trainer.spec.name, plan.engine.spec.name)
-    way = f"from trainer {pair[0]!r} to engine {pair[1]!r}"
-    serving = [entry for entry in entries if (entry.spec.trainer, entry.spec.engine) == pair]
+    layout = plan.placement.layout
+    way = f"from trainer {pair[0]!r} to engine {pair[1]!r}" + (" where they are colocated" * (layout == "colocated"))
+    serving = [
+        entry for entry in entries if (entry.spec.trainer, entry.spec.engine) == pair and layout in entry.spec.layouts
+    ]
     if plan.publish.sync is not None:
         origin = plan.origins["publish.sync"]
         try:

@@ -34,6 +34,7 @@ def miles_weight_syncs() -> Iterable[WeightSyncSpec]:
         engine="torch",
         summary="Broadcasts flat buckets over a process group of its own, gloo or NCCL.",
     )
+        layouts=frozenset({"disaggregated", "colocated"}),
 
 
 @hookimpl

@@ -21,13 +21,24 @@ def miles_engines() -> Iterable[EngineSpec]:
 
 @hookimpl
 def miles_weight_syncs() -> Iterable[WeightSyncSpec]:
-    """The weight sync from the trainer `torch`."""
-    yield WeightSyncSpec(
-        name="torch-to-sglang",
-        ref="miles_sglang.sync:Sender",
-        receiver="miles_sglang.sync:Receiver",
-        example="miles_sglang.examples:weight_sync",
-        trainer="torch",
-        engine="sglang",
-        summary="Broadcasts flat buckets from the trainer straight into the servers, by gloo or NCCL.",
-    )
+    """From the trainers `torch` and `megatron`, disaggregated and colocated."""
+    for trainer in ("torch", "megatron"):
+        yield WeightSyncSpec(
+            name=f"{trainer}-to-sglang",
+            ref="miles_sglang.sync:Sender",
+            receiver="miles_sglang.sync:Receiver",
+            example="miles_sglang.examples:weight_sync",
+            trainer=trainer,
+            engine="sglang",
+            summary="Broadcasts flat buckets from the trainer straight into the servers, by gloo or NCCL.",
+        )
+        yield WeightSyncSpec(
+            name=f"{trainer}-to-sglang-handles",
+            ref="miles_sglang.handles:Sender",
+            receiver="miles_sglang.handles:Receiver",
+            example="miles_sglang.examples:weight_sync",
+            trainer=trainer,
+            engine="sglang",
+            layouts=frozenset({"colocated"}),
+            summary="Lets servers read flat buckets in the trainer's own memory, by CUDA's handles or shared memory.",
+        )

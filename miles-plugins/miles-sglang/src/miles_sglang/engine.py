@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 INSIST_S = 0.2
 """How soon an abort is sent again: one that overtakes its request on the way finds nothing to end."""
+
+MEMORY = ["weights", "kv_cache", "cuda_graph"]
+"""What the server gives back, in its own words."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _STATUS: Mapping[str, Status] = {"stop": "completed", "length": "truncated", "abort": "aborted"}
@@ -66,6 +69,7 @@ class SglangEngine:
         self._counter = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server_paused = self._new_weights = False
+        self._asleep: list[str] = []
         self._clock = _Clock()
 
     # ---- Start and end -------------------------------------------------------------------------------------------
@@ -234,9 +238,12 @@ class SglangEngine:
 
     async def _tell(self, version: int) -> None:
         """Tells the scheduler the version of the weights; -1 if there is nothing new."""
-        answer = await self._post("set_internal_state", {"server_args": {tagging.STATE: version}})
-        if answer != [True]:
+        if not await self._state(version):
             raise RunError(f"{self.server.name}: the scheduler does not know of versions (log: {self.server.log})")
+
+    async def _state(self, said: int) -> bool:
+        """What the scheduler answers to a word that `tagging` has for it."""
+        return bool(await self._post("set_internal_state", {"server_args": {tagging.STATE: said}}) == [True])
 
     # ---- Weights and memory --------------------------------------------------------------------------------------
 
@@ -260,17 +267,27 @@ class SglangEngine:
             self.context.hooks.weights_received(context=self.context, version=version)
 
     async def sleep(self) -> None:
-        """Waits for what generates, then gives memory back until `wake`; later requests wait.
-
-        On a GPU it is given back only with `server.enable_memory_saver`.
-        """
+        """Waits for what generates, then gives GPU memory back, that of the weights too, which are lost."""
         await self.pause("drain")
-        await self._post("release_memory_occupation", {})
+        await self._idle()
+        await self._post("release_memory_occupation", {"tags": MEMORY})
+        self._asleep = MEMORY
 
-    async def wake(self) -> None:
-        """Ends a sleep."""
-        await self._post("resume_memory_occupation", {})
-        await self.resume()
+    async def _idle(self) -> None:
+        """What the server has just answered may not be put away yet, and then giving memory back would end it."""
+        for _ in range(1000):
+            if await self._state(tagging.IDLE):
+                return
+            await asyncio.sleep(0.01)
+        raise RunError(f"{self.server.name}: the server has answered all, but is not idle (log: {self.server.log})")
+
+    async def wake(self, part: Literal["weights", "all"] = "all") -> None:
+        """Ends a sleep; with "weights" only so far that they can be loaded."""
+        waking = [tag for tag in self._asleep if part in ("all", tag)]
+        await self._post("resume_memory_occupation", {"tags": waking})
+        self._asleep = [tag for tag in self._asleep if tag not in waking]
+        if not self._asleep:
+            await self.resume()
 
 
 class _Clock:

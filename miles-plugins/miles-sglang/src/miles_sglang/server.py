@@ -13,6 +13,7 @@ import sys
 import urllib.request
 from collections.abc import Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 from miles_core.errors import RunError, UserError
@@ -46,6 +47,7 @@ def arguments(options: Mapping[str, Any], context: EngineContext) -> dict[str, A
         "enable_metrics": True,
         **({"tp_size": context.gpus} if context.gpus else _WITHOUT_GPU),
         "skip_server_warmup": True,  # there are no weights to warm up with
+        **({"enable_memory_saver": True} if context.sleeps and context.gpus else {}),
         **options,
     }
     return fields | {
@@ -91,6 +93,7 @@ class Server:
         surface.server_args()  # says what to install if there is none
         if (found := version("sglang")) != TESTED:
             raise UserError(f"engine 'sglang' works with sglang {TESTED}, and {found} is installed: {surface.INSTALL}")
+        _check_sleep(arguments(self._options, self._context), self._context)
         for attempt in range(1, ATTEMPTS + 1):
             self._launch(_free_port())
             while self.ended is None:
@@ -156,6 +159,17 @@ class Server:
             self._process.stdin.close()
         self._process = None
         _started.pop(self._context.index, None)
+
+
+def _check_sleep(fields: Mapping[str, Any], context: EngineContext) -> None:
+    """Who shall give GPU memory back is able to. `UserError` if not."""
+    if not (context.sleeps and context.gpus):
+        return
+    mend = "or set placement.sleep = false, with a server.mem_fraction_static that leaves the trainer its memory"
+    if not fields["enable_memory_saver"]:
+        raise UserError(f"a colocated engine sleeps, but server.enable_memory_saver is false: remove it, {mend}")
+    if find_spec("torch_memory_saver") is None:
+        raise UserError(f"a colocated engine sleeps by torch_memory_saver: pip install torch_memory_saver, {mend}")
 
 
 _started: dict[int, Server] = {}

@@ -45,19 +45,8 @@ class Sender:
 
     def open(self) -> str:
         """Listens at a free port, on the address at which the other trainer ranks know this one."""
-        host = urlsplit(self._context.address).hostname
-        assert host is not None, f"{self._context.address} is not an address like tcp://host:port"
-        listener = socket.create_server((host, 0))
-        port: int = listener.getsockname()[1]
-        self._store = TCPStore(
-            host,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=self._timeout,
-            master_listen_fd=listener.detach(),
-        )
-        return f"{'nccl' if self._context.gpus else 'gloo'}://{host}:{port}"
+        self._store, address = listen(self._context)
+        return address.replace("tcp", "nccl" if self._context.gpus else "gloo", 1)
 
     @property
     def _timeout(self) -> timedelta:
@@ -116,30 +105,30 @@ class Receiver:
         self._verify, self._transfers = context.verify, 0
         self._store: Any = None
         self._index, self._engines, self._layout = context.index, engines, tuple(layout)
-        place = urlsplit(address)
-        assert place.hostname is not None
-        assert place.port is not None
-        self._backend, self._host, self._port = place.scheme, place.hostname, place.port
+        self._address = address
 
     def connect(self) -> None:
         """Has the server's ranks join the trainer."""
-        self._store = TCPStore(self._host, self._port, is_master=False, wait_for_workers=False)
+        self._store = join(self._address)
         self._store.set("ranks", str(self._server.ranks))
-        self._ask(
+        place = urlsplit(self._address)
+        ask(
+            self._server,
             "init_weights_update_group",
-            master_address=self._host,
-            master_port=self._port,
+            master_address=place.hostname,
+            master_port=place.port,
             rank_offset=1 + self._index * self._server.ranks,
             world_size=1 + self._engines * self._server.ranks,
             group_name=GROUP,
-            backend=self._backend,
+            backend=place.scheme,
         )
 
     def receive(self, load: Callable[[Sequence[str], Sequence[Tensor]], None]) -> None:
         """Has the server receive and load all buckets of one transfer."""
         self._transfers += 1
         for number, bucket in enumerate(self._layout):
-            answer = self._ask(
+            answer = ask(
+                self._server,
                 "update_weights_from_distributed",
                 names=bucket.names,
                 dtypes=[bucket.dtype] * len(bucket.names),
@@ -162,16 +151,43 @@ class Receiver:
     def close(self) -> None:
         """Leaves the meeting, unless the server has ended before."""
         with contextlib.suppress(RunError):
-            self._ask("destroy_weights_update_group", group_name=GROUP)
+            ask(self._server, "destroy_weights_update_group", group_name=GROUP)
 
-    def _ask(self, path: str, **body: Any) -> str:
-        """Waits for the server, and gives its message. `RunError` unless it has done what it was asked."""
-        answer = _post(f"{self._server.url}/{path}", body, self._server)
-        if not answer.get("success"):
-            raise RunError(
-                f"weight sync: {self._server.name}: /{path}: {answer.get('message', answer)} (log: {self._server.log})"
-            )
-        return str(answer.get("message"))
+
+# ---- Words: with the other members, and with a server ---------------------------------------------------------------
+
+
+def listen(context: TrainerContext) -> tuple[TCPStore, str]:
+    """A store at a free port, on the address at which the other trainer ranks know this one; and where that is."""
+    host = urlsplit(context.address).hostname
+    assert host is not None, f"{context.address} is not an address like tcp://host:port"
+    listener = socket.create_server((host, 0))
+    port: int = listener.getsockname()[1]
+    store = TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=context.timeout_s),
+        master_listen_fd=listener.detach(),
+    )
+    return store, f"tcp://{host}:{port}"
+
+
+def join(address: str, timeout: timedelta = timedelta(minutes=5)) -> TCPStore:
+    """The store at an address."""
+    place = urlsplit(address)
+    assert place.hostname is not None
+    assert place.port is not None
+    return TCPStore(place.hostname, place.port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+
+def ask(server: Server, path: str, **body: Any) -> str:
+    """Waits for a server, and gives its message. `RunError` unless it has done what it was asked."""
+    answer = _post(f"{server.url}/{path}", body, server)
+    if not answer.get("success"):
+        raise RunError(f"weight sync: {server.name}: /{path}: {answer.get('message', answer)} (log: {server.log})")
+    return str(answer.get("message"))
 
 
 def _post(url: str, body: Mapping[str, Any], server: Server) -> Mapping[str, Any]:

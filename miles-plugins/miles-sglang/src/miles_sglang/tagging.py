@@ -17,6 +17,8 @@ from typing import Any
 
 STATE = "miles_weight_version"
 """The name under which `/set_internal_state` takes the version of new weights; -1 only asks for an answer."""
+IDLE = -2
+"""In the place of a version, asks whether nothing is left to do."""
 INFO = "weight_versions"
 """The name under which a response has the version of each of its tokens."""
 
@@ -41,7 +43,8 @@ def register() -> None:
     HookRegistry.register(f"{_SCHEDULER}.run_batch", _run_batch, HookType.AROUND)
     if os.environ.get(VERIFY):
         HookRegistry.register(f"{_BUCKET}.reconstruct_tensors", _note_checksum, HookType.BEFORE)
-        HookRegistry.register(f"{_UPDATER}._update_bucketed_weights_from_distributed", _say_checksum, HookType.AFTER)
+        for method in ("_update_bucketed_weights_from_distributed", "_update_weights_from_flattened_bucket"):
+            HookRegistry.register(f"{_UPDATER}.{method}", _say_checksum, HookType.AFTER)
 
 
 def _set_version(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
@@ -56,7 +59,7 @@ def _set_version(original: Callable[..., Any], scheduler: Any, request: Any) -> 
         _publishes += 1
         for waiting in scheduler.waiting_queue:  # those hold no cache; what runs goes on with its own
             waiting.extra_key = str(_publishes)
-    return SetInternalStateReqOutput(updated=True)
+    return SetInternalStateReqOutput(updated=version != IDLE or scheduler.is_fully_idle())
 
 
 def _enter_queue(scheduler: Any, request: Any, *rest: Any, **named: Any) -> None:

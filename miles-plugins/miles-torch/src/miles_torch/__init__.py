@@ -43,5 +43,6 @@ def miles_weight_syncs() -> Iterable[WeightSyncSpec]:
         receiver="miles_torch.sync:TorchReceiver",
         trainer="torch",
         engine="torch",
+        layouts=frozenset({"disaggregated", "colocated"}),
         summary="Broadcasts flat buckets over a process group of its own, gloo or NCCL.",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -175,9 +176,9 @@ class TorchEngine:
         """Gives memory back until `wake`; what was generating goes on then, its cache computed again."""
         await asyncio.wrap_future(self._scheduler.sleep())
 
-    async def wake(self) -> None:
-        """Ends a sleep."""
-        await asyncio.wrap_future(self._scheduler.wake())
+    async def wake(self, part: Literal["weights", "all"] = "all") -> None:
+        """Ends a sleep; with "weights" nothing generates yet."""
+        await asyncio.wrap_future(self._scheduler.wake(works=part == "all"))
 
     async def stop(self) -> None:
         """Aborts what is in flight and ends the thread."""

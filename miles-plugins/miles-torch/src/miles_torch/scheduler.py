@@ -99,9 +99,9 @@ class Scheduler:
         """Gives the memory back. What runs goes back to the line with the tokens it has."""
         return self._post(self._sleep)
 
-    def wake(self) -> Future[None]:
-        """Ends a sleep."""
-        return self._post(self._wake)
+    def wake(self, *, works: bool = True) -> Future[None]:
+        """Ends a sleep; not yet for what generates, unless it works."""
+        return self._post(lambda: self._wake(works=works))
 
     def stop(self) -> None:
         """Aborts what is in flight and ends the thread; returns when it has ended."""
@@ -270,10 +270,10 @@ class Scheduler:
         self._generator.sleep()
         self._asleep = True
 
-    def _wake(self) -> None:
+    def _wake(self, *, works: bool) -> None:
         assert self._generator is not None
         self._generator.wake()
-        self._asleep = False
+        self._asleep = not works
 
     def _stop(self) -> None:
         self._abort(self._in_flight())

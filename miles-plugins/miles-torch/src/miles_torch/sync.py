@@ -155,7 +155,8 @@ class TorchSender:
         """Waits until all engines are there; the error names those that are not."""
         if self._context.rank == 0:
             assert self._channel is not None, "open first"
-            self._channel.join(self._context.gpus)
+            # NCCL has no ranks that share a GPU, as those of colocated trainers and engines would.
+            self._channel.join(self._context.gpus if self._context.layout == "disaggregated" else 0)
 
     def send(self, buckets: Iterator[Bucket]) -> None:
         """Broadcasts all buckets and returns when every engine has loaded them."""

@@ -1,0 +1,247 @@
+"""The weight sync of colocated trainers and servers: a server reads a bucket where the trainer has it.
+
+Each trainer rank serves the server's rank that has the same GPU. What it hands over of a bucket is a handle of some
+hundred bytes: CUDA's, for memory of another process, or without a GPU a file that is only memory. The server copies
+from there into its weights (`/update_weights_from_tensor`), on the GPU itself.
+
+A store of trainer rank 0 carries the handles, and the word that a bucket is loaded; until then the trainer keeps it.
+One more bucket is made ready meanwhile, so a transfer takes two buckets of memory on each GPU.
+
+The server unpickles handles with SGLang's own list of what may be in them. So they are made of what PyTorch has, and
+the trainer does not import SGLang.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import math
+import os
+import pickle
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch.cuda import ipc_collect
+from torch.multiprocessing.reductions import reduce_tensor
+
+from miles_core.errors import RunError
+from miles_core.roles import Bucket, BucketLayout, EngineContext, TrainerContext
+from miles_sglang import tagging
+from miles_sglang.server import Server, beside
+from miles_sglang.sync import ask, join, listen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AHEAD = 1
+"""Buckets that are ready while one is being loaded."""
+_DEVICE = 6
+"""The place of the device among the arguments with which PyTorch opens CUDA memory of another process."""
+
+
+# ---- Handles ------------------------------------------------------------------------------------------------------
+
+
+class _Call:
+    """What is a call of a function once it is unpickled."""
+
+    def __init__(self, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+        self._call = function, tuple(arguments)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self._call
+
+
+class Handle(Protocol):
+    """Memory that another process may read until it is closed. opening: gives the tensor there, once unpickled."""
+
+    opening: _Call
+
+    def close(self) -> None: ...
+
+
+class GpuHandle:
+    """A tensor of bytes where it is, on a GPU."""
+
+    def __init__(self, flat: Tensor) -> None:
+        torch.cuda.current_stream(flat.device).synchronize()
+        function, arguments = reduce_tensor(flat)  # type: ignore[no-untyped-call]
+        # By its UUID, as SGLang does: processes may count their GPUs differently.
+        uuid = str(torch.cuda.get_device_properties(flat.device).uuid)
+        self.opening = _Call(function, (*arguments[:_DEVICE], uuid, *arguments[_DEVICE + 1 :]))
+        self._flat: Tensor | None = flat
+
+    def close(self) -> None:
+        """Lets the memory go."""
+        self._flat = None
+
+
+class HostHandle:
+    """A copy of a tensor of bytes in a file that is only memory, and ends with its last user."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self._file = os.memfd_create("miles-weights")
+        size = flat.numel()
+        try:
+            os.posix_fallocate(self._file, 0, size)
+        except OSError as error:
+            self.close()
+            raise RunError(f"weight sync: no memory for a bucket of {size} bytes: {error}") from error
+        path = f"/proc/{os.getpid()}/fd/{self._file}"
+        opened = functools.partial(torch.from_file, dtype=torch.uint8)
+        opened(path, True, size).copy_(flat)
+        self.opening = _Call(opened, (path, True, size))
+
+    def close(self) -> None:
+        """Lets the memory go."""
+        os.close(self._file)
+
+
+def parcel(bucket: Bucket, dtype: torch.dtype, handle: Handle) -> bytes:
+    """A bucket as SGLang reads it: the handle, and where each tensor lies, in bytes."""
+    metadata, place = [], 0
+    for name, shape in zip(bucket.names, bucket.shapes, strict=True):
+        size = math.prod(shape) * dtype.itemsize
+        metadata.append(
+            SimpleNamespace(name=name, shape=shape, dtype=dtype, start_idx=place, end_idx=place + size, numel=size)
+        )
+        place += size
+    return pickle.dumps({"flattened_tensor": handle.opening, "metadata": metadata})
+
+
+# ---- The two sides ------------------------------------------------------------------------------------------------
+
+
+class Sender:
+    """The trainer's side. See `miles_core.roles.WeightSender`; every rank hands over to one rank of a server."""
+
+    def __init__(self, context: TrainerContext, engines: int) -> None:
+        self._context, self._engines = context, engines
+        self._store: Any = None
+        self._address = ""
+        self._transfers = 0
+
+    def open(self) -> str:
+        """Listens at a free port, on the address at which the other trainer ranks know this one."""
+        self._store, self._address = listen(self._context)
+        return self._address
+
+    @property
+    def _timeout(self) -> timedelta:
+        return timedelta(seconds=self._context.timeout_s)
+
+    def connect(self) -> None:
+        """Waits until the engine of this rank is there."""
+        context = self._context
+        if context.world_size > 1:
+            place = [self._address]
+            dist.broadcast_object_list(place, src=0)
+            self._store = self._store or join(place[0], self._timeout)
+        self._wait(f"engine {context.rank * self._engines // context.world_size}")
+
+    def send(self, buckets: Iterator[Bucket]) -> None:
+        """Hands over all buckets, and returns when this rank's server has loaded them."""
+        self._transfers += 1
+        held: deque[tuple[int, Handle]] = deque()
+        for number, bucket in enumerate(buckets):
+            flat = self._bytes(bucket, number)
+            dtype = getattr(torch, self._store.get(f"dtype {number}").decode())
+            handle = GpuHandle(flat) if flat.is_cuda else HostHandle(flat)
+            held.append((number, handle))
+            checksum = tagging.checksum(flat) if self._context.verify else "-"
+            said = f"{checksum} {base64.b64encode(parcel(bucket, dtype, handle)).decode()}"
+            self._store.set(self._key("handle", number), said)
+            del bucket, flat
+            while len(held) > AHEAD:
+                self._let_go(*held.popleft())
+        while held:
+            self._let_go(*held.popleft())
+        if self._context.gpus:
+            ipc_collect()  # type: ignore[no-untyped-call]
+
+    def _bytes(self, bucket: Bucket, number: int) -> Tensor:
+        """The bytes of a bucket, which rank 0 has, on every rank."""
+        rank, world_size = self._context.rank, self._context.world_size
+        if rank == 0:
+            flat = bucket.flat.contiguous()
+            if self._transfers == 1:
+                self._store.set(f"dtype {number}", str(flat.dtype).removeprefix("torch."))
+        else:
+            dtype = getattr(torch, self._store.get(f"dtype {number}").decode())
+            size = sum(math.prod(shape) for shape in bucket.shapes)
+            flat = torch.empty(size, dtype=dtype, device="cuda" if self._context.gpus else "cpu")
+        if world_size > 1:
+            dist.broadcast(flat, src=0)
+        return flat.view(torch.uint8)
+
+    def _let_go(self, number: int, handle: Handle) -> None:
+        """Waits until the bucket is loaded."""
+        key = self._key("loaded", number)
+        self._wait(key)
+        self._store.delete_key(key)
+        handle.close()
+
+    def _key(self, word: str, number: int) -> str:
+        return f"{word} {self._transfers}/{number}/{self._context.rank}"
+
+    def _wait(self, key: str) -> None:
+        try:
+            self._store.wait([key], self._timeout)
+        except dist.DistError as error:
+            raise RunError(
+                f"weight sync: the trainer's rank {self._context.rank} waited for {key!r} of its server for "
+                f"{self._context.timeout_s:g} s"
+            ) from error
+
+    def close(self) -> None:
+        """Ends the meeting; `open` starts a new one."""
+        self._store = None
+
+
+class Receiver:
+    """The side of one server. See `miles_core.roles.WeightReceiver`; it is built in the process of the engine that has
+    started the server, and `load` is not used, because the server itself reads."""
+
+    def __init__(self, context: EngineContext, engines: int, address: str, layout: Sequence[BucketLayout]) -> None:
+        self._server: Server = beside(context)
+        self._verify, self._address, self._layout = context.verify, address, tuple(layout)
+        self._index, self._transfers = context.index, 0
+        first = context.index * self._server.ranks
+        self._ranks = range(first, first + self._server.ranks)
+        self._store: Any = None
+
+    def connect(self) -> None:
+        """Tells the trainer that this engine is there."""
+        self._store = join(self._address)
+        self._store.set(f"engine {self._index}", "")
+
+    def receive(self, load: Callable[[Sequence[str], Sequence[Tensor]], None]) -> None:
+        """Has the server load all buckets of one transfer."""
+        self._transfers += 1
+        for number, bucket in enumerate(self._layout):
+            keys = [f"{self._transfers}/{number}/{rank}" for rank in self._ranks]
+            said = [self._store.get(f"handle {key}").decode().split() for key in keys]
+            answer = ask(
+                self._server,
+                "update_weights_from_tensor",
+                serialized_named_tensors=[payload for _, payload in said],
+                load_format="flattened_bucket",
+                flush_cache=False,  # each version has its own part of the cache, see `tagging`
+            )
+            if self._verify and not answer.endswith(f"={said[0][0]}"):
+                raise RunError(
+                    f"weight sync: what {self._server.name} has loaded of {bucket.names[0]} … is not what the trainer "
+                    f"has sent (log: {self._server.log})"
+                )
+            for key in keys:
+                self._store.delete_key(f"handle {key}")
+                self._store.set(f"loaded {key}", "")
+
+    def close(self) -> None:
+        """Leaves the meeting."""
+        self._store = None
