@@ -785,8 +785,8 @@ def test_a_hub_name_is_left_to_the_run() -> None:
             ("tokenizer.json",),
             {"architectures": ["OddForCausalLM"]},
             (
-                "run.toml:8: trainer 'choosy' trains only models of installed families, and none covers "
-                "OddForCausalLM. Installed: tiny (TinyForCausalLM)"
+                "run.toml:8: trainer 'choosy' trains only models that a plugin describes; no installed model family "
+                "covers OddForCausalLM. Installed: tiny (TinyForCausalLM). To write one: docs/how-to/"
             ),
         ),
     ],

@@ -152,7 +152,7 @@ def refusals(tmp_path: Path) -> Iterator[tuple[list[str], str]]:
     yield ["hf-to-dist", str(folder), str(empty)], f"{empty} exists already; remove it, or name another folder"
     yield ["hf-to-dist", str(folder), str(tmp_path / "new")], f"{folder} has no weights (*.safetensors)"
     yield ["dist-to-hf", str(folder), str(tmp_path / "new")], f"{folder} holds no checkpoint in Megatron's distributed"
-    yield ["hf-to-dist", str(unknown), str(tmp_path / "new")], "no installed model family describes OddForCausalLM"
+    yield ["hf-to-dist", str(unknown), str(tmp_path / "new")], "no installed model family covers OddForCausalLM"
 
 
 def test_what_cannot_be_converted_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ def model_info(model: str) -> None:
     """Show a family, or a model: a Hugging Face folder, or a hub name that this machine has."""
     from pathlib import Path
 
-    from miles_core.config.model import find_family, read_config
+    from miles_core.config.model import find_family, read_config, without_family
     from miles_core.config.schema import ModelSection
     from miles_core.errors import UserError, nearest
     from miles_core.plugins import discover
@@ -62,8 +62,7 @@ def model_info(model: str) -> None:
     if config is None:
         raise UserError(f"{model} is not on this machine")
     if entry is None:
-        said = ", ".join(config.get("architectures") or ["a config.json without architectures"])
-        raise UserError(f"no installed model family covers {said}. Installed: {', '.join(names) or 'none'}")
+        raise UserError(without_family(config, catalog))
     _show_model(entry.spec, config)
 
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pkgutil import resolve_name
 from typing import Any
 
-from miles_core.config.model import architectures, family_of
+from miles_core.config.model import family_of, without_family
 from miles_core.errors import UserError
 from miles_core.megatron import MegatronModel
 from miles_core.plugins import discover
-from miles_core.specs import ModelSpec
 
 BACKEND = "megatron"
 
@@ -25,10 +24,4 @@ def describe(config: Mapping[str, Any]) -> MegatronModel:
         except (KeyError, ValueError) as error:
             raise UserError(f"config.json: model family {entry.spec.name!r}: {error}") from error
         return model
-    names = architectures(config)
-    entries = [entry for entry in catalog.all(ModelSpec) if BACKEND in entry.spec.backends]
-    known = ", ".join(sorted({name for entry in entries for name in entry.spec.architectures}))
-    raise UserError(
-        f"config.json: no installed model family describes {', '.join(sorted(names)) or 'it'} for Megatron. "
-        f"Described: {known or 'none'}. To write one: miles plugins new my-model --kind model"
-    )
+    raise UserError(f"config.json: {without_family(config, catalog, BACKEND)}")
