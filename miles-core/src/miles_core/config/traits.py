@@ -127,6 +127,7 @@ def check(plan: Plan, config: Mapping[str, Any] | None, family: Entry[ModelSpec]
     _check_evaluation(plan)
     _check_devices(plan)
     _check_publish(plan)
+    _check_placement(plan)
 
 
 def _where(plan: Plan, stage: Stage | None, *names: str) -> str:
@@ -483,3 +484,41 @@ def _check_publish(plan: Plan) -> None:
             f"{_where(plan, None, 'publish.mode', 'engine.name')}: publish.mode is {plan.publish.mode!r}, but engine "
             f"{plan.engine.spec.name!r} can only pause by {_listed(plan.engine.spec.pause_modes)}; choose one of these"
         )
+
+
+def _check_placement(plan: Plan) -> None:
+    """Who shares GPUs has as many of them, and waits for the other."""
+    if plan.placement.layout != "colocated":
+        return
+    where = plan.origins["placement.layout"]
+    engine, trainer = plan.engine_section, plan.trainer_section
+    if engine is None:
+        raise UserError(f'{where}: placement.layout is "colocated", but the run has no engine; remove it')
+    if bool(engine.gpus) != bool(trainer.gpus):
+        raise UserError(
+            f'{where}: placement.layout is "colocated", but trainer.gpus is {trainer.gpus} and engine.gpus is '
+            f"{engine.gpus}; give both GPUs, or neither"
+        )
+    if trainer.world_size != engine.count * max(engine.gpus, 1):
+        have, mend = f"there are {engine.count} engines", "engine.count = trainer.ranks"
+        if engine.gpus:
+            have, mend = (
+                f"engines have {engine.count} x {engine.gpus} GPUs",
+                "trainer.gpus = engine.count x engine.gpus",
+            )
+        raise UserError(
+            f'{where}: placement.layout is "colocated", but the trainer has {trainer.world_size} ranks and {have}; '
+            f"set {mend}"
+        )
+    _check_turns(plan)
+
+
+def _check_turns(plan: Plan) -> None:
+    """An engine that sleeps cannot generate ahead."""
+    for stage in plan.stages:
+        if plan.placement.takes_turns and stage.schedule.max_staleness:
+            raise UserError(
+                f"{_where(plan, stage, 'schedule.max_staleness', 'placement.layout')}: schedule.max_staleness"
+                f"{_in(plan, stage)} is {stage.schedule.max_staleness}, but colocated engines sleep while the trainer "
+                "works; set it to 0, or placement.sleep to false if the memory is enough for both"
+            )
