@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 
-from miles_core.roles import EngineContext
+from miles_core.roles import Bucket, BucketLayout, EngineContext
 from miles_core.sample import Completion, Request, Sampling
 from miles_core.testing.models import engine_context, make_model, save_model, weights_of
 from miles_sglang.engine import SglangEngine
@@ -118,3 +119,19 @@ async def collect(engine: SglangEngine, requests: Sequence[Request]) -> dict[str
 
 def ask(name: str, tokens: Sequence[int], seeds: Sequence[int] = (0,), **sampling: Any) -> Request:
     return Request(id=name, tokens=np.array(tokens, np.int32), sampling=Sampling(**sampling), seeds=tuple(seeds))
+
+
+def buckets_of(model: Any) -> list[Bucket]:
+    weights = list(weights_of(model).items())
+    return [
+        Bucket(
+            names=tuple(name for name, _ in part),
+            shapes=tuple(tuple(tensor.shape) for _, tensor in part),
+            flat=torch.cat([tensor.reshape(-1) for _, tensor in part]),
+        )
+        for part in (weights[:1], weights[1:9], weights[9:])
+    ]
+
+
+def layout_of(buckets: Sequence[Bucket]) -> list[BucketLayout]:
+    return [BucketLayout(names=bucket.names, shapes=bucket.shapes, dtype="float32") for bucket in buckets]

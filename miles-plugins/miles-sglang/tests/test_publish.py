@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,33 +13,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from sglang_kit import SharedServer, ask, collect, with_engine
+from sglang_kit import SharedServer, ask, buckets_of, collect, layout_of, with_engine
 
 from miles_core.errors import RunError
 from miles_core.roles import Bucket, BucketLayout
-from miles_core.testing.models import make_model, response_logprobs, trainer_context, weights_of
+from miles_core.testing.models import make_model, response_logprobs, trainer_context
 from miles_sglang import tagging
 from miles_sglang.engine import SglangEngine
 from miles_sglang.sync import Receiver, Sender
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PROMPT = [7, 8, 9, 10, 11]
-
-
-def buckets_of(model: Any) -> list[Bucket]:
-    weights = list(weights_of(model).items())
-    return [
-        Bucket(
-            names=tuple(name for name, _ in part),
-            shapes=tuple(tuple(tensor.shape) for _, tensor in part),
-            flat=torch.cat([tensor.reshape(-1) for _, tensor in part]),
-        )
-        for part in (weights[:1], weights[1:9], weights[9:])
-    ]
-
-
-def layout_of(buckets: Sequence[Bucket]) -> list[BucketLayout]:
-    return [BucketLayout(names=bucket.names, shapes=bucket.shapes, dtype="float32") for bucket in buckets]
 
 
 async def meet(engine: SglangEngine) -> tuple[Sender, Receiver]:

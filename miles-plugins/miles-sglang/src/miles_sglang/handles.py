@@ -14,11 +14,11 @@ the trainer does not import SGLang.
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import math
 import os
 import pickle
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from types import SimpleNamespace
@@ -38,8 +38,6 @@ from miles_sglang.sync import ask, join, listen
 if TYPE_CHECKING:
     from torch import Tensor
 
-AHEAD = 1
-"""Buckets that are ready while one is being loaded."""
 _DEVICE = 6
 """The place of the device among the arguments with which PyTorch opens CUDA memory of another process."""
 
@@ -147,44 +145,43 @@ class Sender:
     def send(self, buckets: Iterator[Bucket]) -> None:
         """Hands over all buckets, and returns when this rank's server has loaded them."""
         self._transfers += 1
-        held: deque[tuple[int, Handle]] = deque()
-        for number, bucket in enumerate(buckets):
-            flat = self._bytes(bucket, number)
-            dtype = getattr(torch, self._store.get(f"dtype {number}").decode())
-            handle = GpuHandle(flat) if flat.is_cuda else HostHandle(flat)
-            held.append((number, handle))
-            checksum = tagging.checksum(flat) if self._context.verify else "-"
-            said = f"{checksum} {base64.b64encode(parcel(bucket, dtype, handle)).decode()}"
-            self._store.set(self._key("handle", number), said)
-            del bucket, flat
-            while len(held) > AHEAD:
-                self._let_go(*held.popleft())
-        while held:
-            self._let_go(*held.popleft())
+        with contextlib.ExitStack() as held:
+            for number, bucket in enumerate(buckets):
+                flat = self._whole(bucket, number)
+                raw = flat.view(torch.uint8)
+                handle: Handle = GpuHandle(raw) if raw.is_cuda else HostHandle(raw)
+                checksum = tagging.checksum(raw) if self._context.verify else "-"
+                payload = base64.b64encode(parcel(bucket, flat.dtype, handle)).decode()
+                self._store.set(self._key("handle", number), f"{checksum} {payload}")
+                del bucket, flat, raw
+                with held.pop_all():  # the one before, which has been read meanwhile
+                    held.callback(handle.close)
+                    if number:
+                        self._loaded(number - 1)
+            self._loaded(number)
         if self._context.gpus:
             ipc_collect()  # type: ignore[no-untyped-call]
 
-    def _bytes(self, bucket: Bucket, number: int) -> Tensor:
-        """The bytes of a bucket, which rank 0 has, on every rank."""
-        rank, world_size = self._context.rank, self._context.world_size
-        if rank == 0:
-            flat = bucket.flat.contiguous()
-            if self._transfers == 1:
-                self._store.set(f"dtype {number}", str(flat.dtype).removeprefix("torch."))
+    def _whole(self, bucket: Bucket, number: int) -> Tensor:
+        """A bucket's tensors end to end, which rank 0 has, on every rank."""
+        flat = bucket.flat.detach().contiguous()
+        if self._context.world_size == 1:
+            return flat
+        key = f"dtype {number}"
+        if self._context.rank == 0:
+            self._store.set(key, str(flat.dtype).removeprefix("torch."))
         else:
-            dtype = getattr(torch, self._store.get(f"dtype {number}").decode())
             size = sum(math.prod(shape) for shape in bucket.shapes)
+            dtype = getattr(torch, self._store.get(key).decode())
             flat = torch.empty(size, dtype=dtype, device="cuda" if self._context.gpus else "cpu")
-        if world_size > 1:
-            dist.broadcast(flat, src=0)
-        return flat.view(torch.uint8)
+        dist.broadcast(flat, src=0)
+        return flat
 
-    def _let_go(self, number: int, handle: Handle) -> None:
+    def _loaded(self, number: int) -> None:
         """Waits until the bucket is loaded."""
         key = self._key("loaded", number)
         self._wait(key)
         self._store.delete_key(key)
-        handle.close()
 
     def _key(self, word: str, number: int) -> str:
         return f"{word} {self._transfers}/{number}/{self._context.rank}"

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from miles_core.errors import RunError, UserError
@@ -69,9 +70,20 @@ def _environment(context: EngineContext) -> dict[str, str]:
     }
     if context.verify:
         own[tagging.VERIFY] = "1"
+    if (
+        context.sleeps and context.gpus
+    ):  # what makes memory go and come is loaded before PyTorch, whose library it needs
+        own["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [*_cuda_folders(), os.environ.get("LD_LIBRARY_PATH")]))
     if not context.gpus:
         own |= cpu.ENVIRONMENT | {"OMP_NUM_THREADS": str(context.threads)}
     return {**os.environ, **own}
+
+
+def _cuda_folders() -> list[str]:
+    """Where the CUDA runtime is that came with PyTorch, if it is not the system's."""
+    spec = find_spec("nvidia")
+    places = (spec.submodule_search_locations or ()) if spec else ()
+    return sorted({str(file.parent) for place in places for file in Path(place).glob("*/lib/libcudart.so.*")})
 
 
 class Server:

@@ -1,0 +1,122 @@
+"""Weights of a colocated trainer: the server reads them where the trainer has them, here in shared memory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sglang_kit import SharedServer, ask, buckets_of, collect, layout_of, with_engine
+
+from miles_core.errors import RunError
+from miles_core.roles import Bucket
+from miles_core.testing.models import make_model, response_logprobs, trainer_context
+from miles_sglang import tagging
+from miles_sglang.engine import SglangEngine
+from miles_sglang.handles import Receiver, Sender
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+PROMPT = [7, 8, 9, 10, 11]
+
+
+async def meet(engine: SglangEngine) -> tuple[Sender, Receiver]:
+    sender = Sender(replace(trainer_context(Path(), 0), verify=True, layout="colocated"), 1)
+    receiver = Receiver(engine.context, 1, sender.open(), layout_of(buckets_of(make_model())))
+    await asyncio.gather(asyncio.to_thread(sender.connect), asyncio.to_thread(receiver.connect))
+    return sender, receiver
+
+
+async def transfer(ends: tuple[Sender, Receiver], engine: SglangEngine, buckets: list[Bucket]) -> None:
+    sender, receiver = ends
+    send = partial(sender.send, iter(buckets))
+    await asyncio.gather(asyncio.to_thread(send), asyncio.to_thread(receiver.receive, engine.load))
+
+
+def rounded(model: Any) -> Any:
+    """With weights that bfloat16 holds exactly."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+    return model
+
+
+def memory_files() -> list[str]:
+    """Of this process, what is open for handles."""
+    paths = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+    return [path for path in paths if "miles-weights" in path]
+
+
+def test_a_server_that_sleeps_wakes_with_the_weights_in_the_trainers_memory(server: SharedServer) -> None:
+    """A turn as a colocated run takes it, with float32 and with bfloat16."""
+
+    async def use(engine: SglangEngine) -> Any:
+        ends = await meet(engine)
+        answers = []
+        for version, dtype in ((1, torch.float32), (2, torch.bfloat16)):
+            await engine.sleep()
+            late = asyncio.create_task(collect(engine, [ask("late", PROMPT, max_new_tokens=8)]))
+            await engine.wake("weights")
+            made = [replace(bucket, flat=bucket.flat.to(dtype)) for bucket in buckets_of(weights(version))]
+            await transfer(ends, engine, made)
+            engine.set_version(version)
+            early = late.done()
+            await engine.wake("all")
+            answers.append((early, version, (await late)["late"][0]))
+        ends[1].close()
+        ends[0].close()
+        return answers
+
+    weights: Callable[[int], Any] = lambda version: rounded(make_model(seed=version))  # noqa: E731
+    for early, version, completion in with_engine(server, use):
+        assert not early
+        assert set(completion.versions.tolist()) == {version}
+        expected = response_logprobs(weights(version), np.array(PROMPT, np.int32), completion.tokens)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+    assert memory_files() == []
+
+
+def test_a_bucket_is_kept_until_it_is_loaded_and_one_more_is_made_meanwhile(server: SharedServer) -> None:
+    async def use(engine: SglangEngine) -> Any:
+        sender, receiver = await meet(engine)
+        buckets = buckets_of(make_model())
+        made: list[int] = []
+
+        def exported() -> Any:
+            for number, bucket in enumerate(buckets):
+                made.append(number)
+                yield bucket
+
+        sending = asyncio.create_task(asyncio.to_thread(sender.send, exported()))
+        await asyncio.sleep(0.5)
+        before = (list(made), len(memory_files()), sending.done())
+        await asyncio.to_thread(receiver.receive, engine.load)
+        await sending
+        return before, made
+
+    before, made = with_engine(server, use)
+    assert before == ([0, 1], 2, False)
+    assert made == [0, 1, 2]
+    assert memory_files() == []
+
+
+def test_what_a_server_has_loaded_otherwise_is_found_out(server: SharedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(engine: SglangEngine) -> None:
+        ends = await meet(engine)
+        # Of the trainer only: the server is a process of its own.
+        monkeypatch.setattr(tagging, "checksum", lambda flat: "0" * 128)
+        sending = asyncio.create_task(asyncio.to_thread(ends[0].send, iter(buckets_of(make_model()))))
+        with pytest.raises(RunError, match=r"what engine 0 has loaded of model.embed_tokens.weight … is not what the"):
+            await asyncio.to_thread(ends[1].receive, engine.load)
+        ends[0]._context = replace(ends[0]._context, timeout_s=0.1)
+        ends[1]._store.set("loaded 1/0/0", "")  # the run would end here; the test lets the sender end
+        with pytest.raises(RunError, match="the trainer's rank 0 waited for 'loaded 1/1/0'"):
+            await sending
+
+    with_engine(server, use)
