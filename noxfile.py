@@ -34,7 +34,7 @@ NAMES = list(MEMBER)
 CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
 # Installed first, so that nothing is built in an environment of its own; setuptools is for what has no wheel on PyPI.
 BUILDERS = ("editables", "hatchling", "setuptools")
-EXTRAS = {"miles-core": "[testing]", "miles-trackers": "[mlflow,tensorboard,wandb]"}
+EXTRAS = {"miles-core": "[testing]", "miles-torch": "[gguf]", "miles-trackers": "[mlflow,tensorboard,wandb]"}
 """What is tested of a distribution beyond what it needs."""
 # megatron-core 0.19 declares Python 3.12, but its wheel for 3.11 works; so it needs a call of its own.
 UNDECLARED = ("megatron-core", "psutil")

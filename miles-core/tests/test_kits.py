@@ -543,6 +543,27 @@ def test_recipes(site: Any, text: str, fault: str) -> None:
     assert fault in str(faults)
 
 
+def test_a_recipe_whose_component_lacks_an_extra_is_not_tried(site: Any) -> None:
+    hooks = (
+        "@hookimpl\ndef miles_recipes():\n    yield RecipeSpec(name='r', ref='acme_parts:recipe.toml', summary='s')\n"
+        "@hookimpl\ndef miles_engines():\n"
+        "    yield EngineSpec(name='e', ref='acme_parts.e:E', options='acme_parts.e:Options', summary='s')"
+    )
+    site.install("acme-lacking", hooks)
+    (site.folder / "acme_parts").mkdir()
+    (site.folder / "acme_parts/__init__.py").touch()
+    (site.folder / "acme_parts/recipe.toml").write_text('model = { path = "acme/m" }\nengine = "e"\n')
+    (site.folder / "acme_parts/e.py").write_text(
+        "from dataclasses import dataclass\nfrom miles_core.extras import import_extra\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Options:\n    def __post_init__(self):\n"
+        "        import_extra('acme_gpu', needed_by='engine e', install='acme-lacking[gpu]')\n"
+    )
+    found = [case.run() for case in cases(discover().plugin("acme-lacking")) if case.record == "recipe r"]
+    ((faults, skipped),) = [(verdict.faults, verdict.skipped) for verdict in found]
+    assert not faults
+    assert "pip install 'acme-lacking[gpu]'" in skipped
+
+
 # ---- Examples, skips, limits ----------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from miles_core.config.source import Key, Node, blame, dotted, shown
-from miles_core.errors import UserError, nearest
+from miles_core.errors import MissingExtraError, UserError, nearest
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ def build(cls: type[T], table: Node, at: Key) -> T:
 
     Field types may be bool, int, float (which accepts int), str, Literal, X | None, tuple[X, ...], Mapping[str, X],
     Any and dataclasses of these. Raises `UserError` with name and origin for an unknown key, a missing one, a wrong
-    type, and for whatever ValueError the dataclass raises.
+    type, and for whatever ValueError the dataclass raises; a `MissingExtraError` stays one.
     """
     if not isinstance(table.value, dict):
         raise _wrong("a table", table, at)
@@ -42,7 +42,8 @@ def build(cls: type[T], table: Node, at: Key) -> T:
     except ValueError as error:
         given = {key: node.origin for key, node in table.value.items()}
         where = blame(str(error), given) or table.origin
-        raise UserError(f"{where}: {_named(at, fields, str(error))}") from error
+        kind = MissingExtraError if isinstance(error, MissingExtraError) else UserError
+        raise kind(f"{where}: {_named(at, fields, str(error))}") from error
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:

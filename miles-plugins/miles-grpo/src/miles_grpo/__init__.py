@@ -157,13 +157,29 @@ _RECIPES = {
 }
 
 
+_STACK = {
+    "smollm2-arithmetic": (
+        "SmolLM2-135M learns to add by GRPO: SGLang generates, Megatron trains; one GPU, minutes",
+        "miles-llama",
+    ),
+    "qwen3-0.6b-arithmetic": ("Qwen3-0.6B learns longer sums by GRPO: SGLang generates, Megatron trains", "miles-qwen"),
+}
+
+
 @hookimpl
 def miles_recipes() -> Iterable[RecipeSpec]:
-    """Run files that need nothing but a laptop."""
+    """Run files that need nothing but a laptop, and some for a GPU."""
     for name, summary in _RECIPES.items():
         yield RecipeSpec(
             name=name,
             ref=f"miles_grpo:recipes/{name.replace('++', '-plus-plus')}.toml",
             requires=("miles-torch", "miles-sft", "miles-rewards", "miles-qwen", "miles-trackers"),
+            summary=summary,
+        )
+    for name, (summary, family) in _STACK.items():
+        yield RecipeSpec(
+            name=name,
+            ref=f"miles_grpo:recipes/{name}.toml",
+            requires=("miles-megatron", "miles-sglang", "miles-rewards", "miles-trackers", family),
             summary=summary,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from miles_core import EngineSpec, TrainerSpec, WeightSyncSpec, hookimpl
+from miles_core import CommandSpec, EngineSpec, TrainerSpec, WeightSyncSpec, hookimpl
 
 
 @hookimpl
@@ -45,4 +45,14 @@ def miles_weight_syncs() -> Iterable[WeightSyncSpec]:
         engine="torch",
         layouts=frozenset({"disaggregated", "colocated"}),
         summary="Broadcasts flat buckets over a process group of its own, gloo or NCCL.",
+    )
+
+
+@hookimpl
+def miles_commands() -> Iterable[CommandSpec]:
+    """`miles import-gguf`."""
+    yield CommandSpec(
+        name="import-gguf",
+        ref="miles_torch.commands:import_gguf",
+        summary="Writes the model of a GGUF file as a Hugging Face folder.",
     )

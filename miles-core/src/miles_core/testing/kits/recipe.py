@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from miles_core.errors import UserError
+from miles_core.errors import MissingExtraError, UserError
 from miles_core.specs import RecipeSpec
 from miles_core.testing.subject import Subject, skip
 
@@ -31,6 +31,8 @@ def can_be_planned(subject: Subject[RecipeSpec]) -> Iterator[str]:
     try:
         flags = [f"folder={subject.folder}", *(f"{name}={value}" for name, value in _dotted(subject.example.options))]
         make_plan(f"{subject.plugin.name}:{subject.spec.name}", flags, discover())
+    except MissingExtraError:
+        raise  # a reason not to try it
     except UserError as error:
         yield str(error)
 
