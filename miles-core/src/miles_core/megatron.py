@@ -229,6 +229,11 @@ def decoder(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"hidden_act {config['hidden_act']!r} is not known to the trainer; it knows 'silu'")
     if config.get("use_sliding_window"):
         raise ValueError("use_sliding_window is not known to the trainer; set it to false")
+    if quantised := config.get("quantization_config"):
+        raise ValueError(
+            f"its weights are quantised ({quantised.get('quant_method', 'quantization_config')}): turn them into "
+            "bfloat16, and take quantization_config out of config.json"
+        )
     return {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],

@@ -66,12 +66,11 @@ def architectures(config: Mapping[str, Any] | None) -> set[str]:
     return set((config or {}).get("architectures") or [])
 
 
-def without_family(config: Mapping[str, Any] | None, catalog: Catalog, backend: str | None = None) -> str:
+def without_family(config: Mapping[str, Any], catalog: Catalog, backend: str | None = None) -> str:
     """What to say of a model that no installed family covers: which models they do cover, those that are described for
     a training framework if `backend` says one, and how to write another."""
-    said = config or {}
-    named = ", ".join(sorted(architectures(said))) or "a config.json without architectures"
-    kind = f" (model_type {said['model_type']!r})" if "model_type" in said else ""
+    named = ", ".join(sorted(architectures(config))) or "a config.json without architectures"
+    kind = f" (model_type {config['model_type']!r})" if "model_type" in config else ""
     specs = [entry.spec for entry in catalog.all(ModelSpec) if backend is None or backend in entry.spec.backends]
     known = ", ".join(f"{spec.name} ({', '.join(spec.model_types or spec.architectures)})" for spec in specs)
     described = f" and described for {backend!r}" if backend else ""
