@@ -47,7 +47,7 @@ def test_impossible_configurations_are_refused(config: dict[str, Any], error: st
         ({"norm_topk_prob": False}, "norm_topk_prob = false is not known"),
         ({"attention_bias": True}, "attention_bias is not known"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary embeddings of type 'linear' are not known"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"its weights are quantised \(fp8\): turn them into bfloat16"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"weights are quantised \(fp8\): turn them into bfloat16"),
     ],
 )
 def test_what_megatron_cannot_compute_is_refused(config: dict[str, Any], error: str) -> None:
