@@ -15,7 +15,7 @@ TWO: dict[str, dict[str, Any]] = {
     "dp2 in small micro-batches": {"micro_batch_tokens": 24},
     "dp2 without the distributed optimizer": {"ddp": {"use_distributed_optimizer": False}},
     "dp2 overlapped": {"ddp": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
-    "tp2": {"parallel": {"tensor_model_parallel_size": 2}},
+    "qwen2 tp2": {"parallel": {"tensor_model_parallel_size": 2}},  # divides biases, too
     "tp2 sp": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
     "pp2": {"parallel": {"pipeline_model_parallel_size": 2}, "micro_batch_tokens": 24},
     "pp2 vp2": {
@@ -27,7 +27,7 @@ TWO: dict[str, dict[str, Any]] = {
         },
         "micro_batch_tokens": 24,
     },
-    "cp2": {"parallel": {"context_parallel_size": 2}, "micro_batch_tokens": 40},
+    "llama cp2": {"parallel": {"context_parallel_size": 2}, "micro_batch_tokens": 40},
     "tp2 recomputed": {
         "parallel": {"tensor_model_parallel_size": 2},
         "transformer": {
@@ -37,7 +37,7 @@ TWO: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 FOUR: dict[str, dict[str, Any]] = {
     "tp2 pp2": {"parallel": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}},
-    "tp2 sp dp2": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+    "llama tp2 sp dp2": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
     "cp2 tp2 sp": {
         "parallel": {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}
     },
@@ -71,6 +71,14 @@ LATENT_FOUR: dict[str, dict[str, Any]] = {
     "latent ep2 pp2": {"parallel": {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}},
 }
 ALL = [*TWO, *FOUR, *EXPERTS_TWO, *EXPERTS_FOUR, *LATENT_TWO, *LATENT_FOUR]
+MODELS = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "experts": "qwen3-moe",
+    "latent": "deepseek-v3",
+    "kimi": "kimi-k2",
+    "glm": "glm4-moe",
+}
 SEEDS = [0, 1]
 
 
@@ -94,8 +102,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def model_of(layout: str) -> str:
-    families = {"experts": "qwen3-moe", "latent": "deepseek-v3", "kimi": "kimi-k2", "glm": "glm4-moe"}
-    return families.get(layout.split()[0], "qwen3")
+    """Of the first word, if that is a family and not a part of the layout."""
+    return MODELS.get(layout.split()[0], "qwen3")
 
 
 @pytest.mark.parametrize("layout", ALL)

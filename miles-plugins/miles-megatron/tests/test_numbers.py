@@ -27,18 +27,22 @@ def logits(trainer: Any, batch: Any) -> list[torch.Tensor]:
     return [out[0, start:end, :vocabulary] for start, end in zip(indices.bounds, indices.bounds[1:], strict=False)]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_transformers_and_weights_come_back_bit_for_bit(tmp_path: Path, name: str) -> None:
-    folder = make_model(tmp_path / "model", name)
-    trainer = make_trainer(folder)
-    batch = make_batch()
-    model = by_transformers(folder)
+def check_logits(trainer: Any, folder: Path) -> None:
+    """Within 1e-4 of transformers', for each sample of a packed row."""
+    batch, model = make_batch(), by_transformers(folder)
     own = logits(trainer, batch)
     for piece, found in zip(pieces(batch, range(len(batch)), Cut()), own, strict=True):
         start = int(batch.cu_seqlens[piece.sample])
         tokens = torch.from_numpy(batch["tokens"][start : start + piece.length]).long()
         with torch.no_grad():
             torch.testing.assert_close(found, model(tokens[None]).logits[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers_and_weights_come_back_bit_for_bit(tmp_path: Path, name: str) -> None:
+    folder = make_model(tmp_path / "model", name)
+    trainer = make_trainer(folder)
+    check_logits(trainer, folder)
     names = [name for part in trainer.layout() for name in part.names]
     before = load_file(folder / "model.safetensors")
     assert sorted(names) == sorted(before)
@@ -47,6 +51,25 @@ def test_logits_are_those_of_transformers_and_weights_come_back_bit_for_bit(tmp_
     after = load_file(tmp_path / "again" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(before[name].equal(after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ],
+)  # fmt: skip
+def test_stretched_positions_are_those_of_transformers(tmp_path: Path, scaling: dict[str, Any]) -> None:
+    positions = {"rope_theta": 5e5, "rope_scaling": scaling, "max_position_embeddings": 131072}
+    folder = make_model(tmp_path / "model", "llama", head_dim=32, **positions)
+    trainer = make_trainer(folder)
+    assert trainer._model.gpt.keys() & {"rope_scaling", "seq_len_interpolation_factor"}
+    check_logits(trainer, folder)
+    trainer.stop()
 
 
 @pytest.mark.parametrize("name", MODELS)
