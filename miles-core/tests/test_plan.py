@@ -103,7 +103,11 @@ def describe(config: Mapping[str, Any]) -> str:
     return f"{config['num_hidden_layers']} layers"
 
 
-def check_divides(options: TrainerOptions, config: Mapping[str, Any], description: Any, world_size: int) -> None:
+def check_divides(
+    options: TrainerOptions, config: Mapping[str, Any], description: Any, world_size: int, policy: TrainerOptions | None
+) -> None:
+    if policy is not None and policy.dtype != options.dtype:
+        raise ValueError(f"dtype is {options.dtype}, but the policy's on the same ranks is {policy.dtype}")
     layers = int(str(description).partition(" ")[0])
     if layers % world_size:
         raise ValueError(f"ranks: {description} cannot be divided by {world_size}")
@@ -693,6 +697,30 @@ def test_a_trainer_refuses_what_only_it_knows_and_a_family_what_it_cannot_descri
         "run.toml:8: model family 'tiny' does not describe itself for 'iron', which trainer 'dividing' needs; "
         "families that do: none"
     )
+
+
+def test_a_trainer_refuses_a_critic_by_its_own_ranks_and_beside_its_policy() -> None:
+    trainer = TrainerSpec(
+        **_said("dividing", options="fake_options:TrainerOptions", critic="nowhere:critic"),
+        check="fake_options:check_divides",
+        backend="iron",
+    )
+    sync = WeightSyncSpec(**_said("dividing-sync"), trainer="dividing", engine="quick", receiver="nowhere:receiver")
+    described = ModelSpec(
+        **_said("tiny") | {"ref": "fake_options:TinyFamily"},
+        architectures=("TinyForCausalLM",),
+        backends={"iron": "fake_options:describe"},
+    )
+    flags = ("trainer.name=dividing", "model.family=fake-iron:tiny")
+    able = catalog(_plugin("fake-iron", trainer, sync, described))
+    assert refusal(ACTING, *flags, "critic.ranks=3", plugins=able) == (
+        "flag critic.ranks=3: of the critic: ranks: 2 layers cannot be divided by 3"
+    )
+    other = "critic.dtype=bfloat16"
+    assert refusal(ACTING, *flags, other, plugins=able) == (
+        "flag critic.dtype=bfloat16: of the critic: dtype is bfloat16, but the policy's on the same ranks is float32"
+    )
+    assert plan_of(ACTING, *flags, other, "critic.ranks=1", plugins=able).critic is not None
 
 
 def test_an_engine_is_asked_for_when_something_generates() -> None:

@@ -475,10 +475,13 @@ class TrainerCheck(Protocol):
     """Refuses a run before it starts, where only the trainer knows better. Called by the planner, in the driver.
 
     options: the trainer's; config: the model's config.json; description: what the model's family says of it for the
-    trainer's backend, None if it has none. Raises `ValueError` with what is wrong and how to mend it.
+    trainer's backend, None if it has none. policy: of a critic that shares the policy's ranks, the options of the
+    policy's trainer; None of all others. Raises `ValueError` with what is wrong and how to mend it.
     """
 
-    def __call__(self, options: Any, config: Mapping[str, Any], description: Any, world_size: int) -> None: ...
+    def __call__(
+        self, options: Any, config: Mapping[str, Any], description: Any, world_size: int, policy: Any | None
+    ) -> None: ...
 
 
 class Critic(Protocol):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from miles_core.roles import LossInputs, LossOutputs, TrainerContext, TrainStage
+from miles_core.roles import CriticInputs, LossInputs, LossOutputs, TrainerContext, TrainStage
 from miles_core.sample import Batch, Sample
 from miles_core.testing.models import randomised, save_model
 from miles_torch.model import config_of as transformers_config
@@ -251,16 +252,63 @@ def make_trainer(model: Path, options: Mapping[str, Any] | None = None, **where:
 
 def torch_trainer(model: Path) -> Any:
     """A trainer `torch` with the same optimizer: the reference."""
-    from miles_torch.options import OptimizerOptions
-    from miles_torch.options import TrainerOptions as TorchOptions
     from miles_torch.trainer import TorchTrainer
 
-    optimizer = OptimizerOptions(learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-6, max_grad_norm=1.0)
-    chosen = TorchOptions(optimizer=optimizer)
+    chosen = _torch_options()
     trainer = TorchTrainer(chosen, context(model))
     trainer.start()
     trainer.begin(stage(chosen))
     return trainer
+
+
+def _torch_options() -> Any:
+    from miles_torch.options import OptimizerOptions, TrainerOptions
+
+    optimizer = OptimizerOptions(learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-6, max_grad_norm=1.0)
+    return TrainerOptions(optimizer=optimizer)
+
+
+def value_loss(inputs: CriticInputs, options: Any) -> LossOutputs:
+    """A squared error that is clipped, and a term over whole sequences."""
+    near = inputs.values.clamp(inputs.old_values - 0.3, inputs.old_values + 0.3)
+    losses = (inputs.values - inputs.returns).square().maximum((near - inputs.returns).square())
+    losses = losses + 0.1 * inputs.segments.spread(inputs.segments.mean(inputs.values))
+    return LossOutputs(losses=losses, metrics={"value": inputs.values.detach()})
+
+
+def make_critic(model: Path, options: Mapping[str, Any] | None = None, **where: Any) -> Any:
+    """A critic of the trainer `megatron` that is ready to train, in the process of a policy if there is one."""
+    from miles_megatron.options import TrainerOptions
+    from miles_megatron.start import make_critic as make
+
+    chosen = TrainerOptions(**{"optimizer": OPTIMIZER, **(options or {})})
+    return _begun_critic(make, chosen, context(model, **where))
+
+
+def torch_critic(model: Path) -> Any:
+    """The same of the trainer `torch`: the reference."""
+    from miles_torch.critic import TorchCritic
+
+    return _begun_critic(TorchCritic, _torch_options(), context(model))
+
+
+def _begun_critic(make: Any, options: Any, where: TrainerContext) -> Any:
+    critic = make(options, replace(where, role="critic", reference=False))
+    critic.start()
+    needs = frozenset({"returns", "values"})
+    critic.begin(replace(stage(options), loss=value_loss, entropy=False, needs=needs))
+    return critic
+
+
+def train_critic(critic: Any, seeds: Sequence[int]) -> dict[str, Any]:
+    """Values before, metrics of each batch, values after."""
+    before = critic.values(make_batch(99), 0)
+    metrics = []
+    for seed in seeds:
+        batch = make_batch(seed)
+        returns, values = np.random.default_rng([seed, 1]).standard_normal((2, batch.tokens_total)) * batch["mask"]
+        metrics.append(dict(critic.update(batch.with_columns(returns=1 + returns, values=values), seed, 1)))
+    return {"before": before, "metrics": metrics, "after": critic.values(make_batch(99), 9)}
 
 
 def exported(trainer: Any) -> dict[str, np.ndarray[Any, Any]]:
@@ -306,7 +354,8 @@ def train(trainer: Any, seeds: Sequence[int], minibatches: int = 1) -> dict[str,
 
 def run_job(job: Mapping[str, Any], **where: Any) -> Any:
     """One job: {"model", "options", "seeds", "minibatches", "restore", "save", "meanwhile",
-    "pretrained", "hooks"}. meanwhile: seeds to train on while the checkpoint is written.
+    "pretrained", "hooks", "critic"}. meanwhile: seeds to train on while the checkpoint is written. critic: seeds of a
+    critic in the same processes, which is trained after the policy, and which `restore` and `save` are then for.
 
     Gives {"refused"} if the trainer is.
     Or {"function"}: see `run_functions`."""
@@ -325,6 +374,8 @@ def run_job(job: Mapping[str, Any], **where: Any) -> Any:
             dist.destroy_process_group()
         return {"refused": str(error)}
     try:
+        if "critic" in job:
+            return _critic_job(job, **where) | {"policy": train(trainer, job.get("seeds", ()))}
         if job.get("restore"):
             trainer.restore(Path(job["restore"]))
         result = train(trainer, job.get("seeds", ()), job.get("minibatches", 1))
@@ -342,6 +393,17 @@ def run_job(job: Mapping[str, Any], **where: Any) -> Any:
         return result
     finally:
         trainer.stop()
+
+
+def _critic_job(job: Mapping[str, Any], **where: Any) -> dict[str, Any]:
+    critic = make_critic(Path(job["model"]), job.get("options"), **where)
+    if job.get("restore"):
+        critic.restore(Path(job["restore"]))
+    result = train_critic(critic, job["critic"])
+    if job.get("save"):
+        written = critic.save(Path(job["save"]))
+        assert written is None or written(True)
+    return result
 
 
 def run_jobs(out: Path, world_size: int, jobs: Sequence[Mapping[str, Any]]) -> list[Any]:

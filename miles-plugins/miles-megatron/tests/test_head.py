@@ -81,6 +81,22 @@ def test_ranks_that_share_the_vocabulary_agree_with_log_softmax(tmp_path: Path) 
     torch.testing.assert_close(torch.cat([first[3], second[3]]), weight, rtol=1e-5, atol=1e-5)
 
 
+def test_several_tokens_at_a_place_are_those_of_log_softmax_and_one_that_comes_twice_counts_twice() -> None:
+    hidden, weight, targets, scale = case()
+    several = torch.stack([targets, (targets + 5) % VOCABULARY, targets], 1)
+    found = []
+    for own in (False, True):
+        states, rows = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if own:
+            logprobs, _ = token_logprobs(states, rows, several, vocabulary=VOCABULARY, temperature=0.7)
+        else:
+            logprobs = (states @ rows[:VOCABULARY].t() / 0.7).log_softmax(-1).gather(1, several)
+        (logprobs * torch.stack([scale[0], scale[1], scale[0] * scale[1]], 1)).sum().backward()
+        found.append([logprobs.detach(), states.grad, rows.grad])
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_no_token_is_fine_and_logits_in_bfloat16_are_summed_in_float32() -> None:
     hidden, weight, targets, _ = case()
     none, _ = token_logprobs(hidden[:0], weight, targets[:0], vocabulary=VOCABULARY)

@@ -73,6 +73,13 @@ def test_every_reserved_field_exists_in_megatron() -> None:
         ({"checkpoint": {"save_interval": 3}}, "checkpoint.save_interval cannot be set to 3: Miles names, writes and"),
         ({"checkpoint": {"async_sav": True}}, "checkpoint has no option 'async_sav'. Did you mean 'async_save'"),
         ({"ddp": {"average_in_collective": True}}, "average_in_collective cannot be set to True: gradients are summed"),
+        (
+            {"transformer": {"recompute_granularity": "half"}},
+            "transformer.recompute_granularity cannot be 'half'; it is one of 'full', 'selective'",
+        ),
+        ({"optimizer": {"lr": "fast"}}, "optimizer.lr cannot be 'fast'; Megatron-core declares it as"),
+        ({"parallel": {"bf16": 1}}, "parallel.bf16 cannot be 1; Megatron-core declares it as bool"),
+        ({"parallel": {"tensor_model_parallel_size": 2.0}}, "cannot be 2.0; Megatron-core declares it as int"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1, got 0"),
     ],
 )
@@ -83,6 +90,19 @@ def test_unknown_misplaced_and_contradicting_options_are_refused(options: dict[s
 
 def test_saying_what_miles_sets_anyway_is_no_conflict() -> None:
     TrainerOptions(transformer={"hidden_dropout": 0.0, "calculate_per_token_loss": True})
+
+
+def test_values_are_checked_against_what_megatron_declares_where_that_can_be_said_in_a_run_file() -> None:
+    TrainerOptions(
+        optimizer={"lr": 1, "clip_grad": 0.5, "main_grads_dtype": "bf16"},
+        transformer={
+            "moe_layer_freq": [0, 1],
+            "recompute_modules": ["core_attn"],
+            "pipeline_model_parallel_layout": "Et|tL",
+            "attention_backend": "flash",
+            "recompute_num_layers": None,
+        },
+    )
 
 
 def test_without_megatron_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +126,7 @@ LATENT = dataclasses.replace(DENSE, transformer={**DENSE.transformer, "multi_lat
     [
         (
             DENSE, 2, {"parallel": {"tensor_model_parallel_size": 4}},
-            "tensor 4 x pipeline 1 x context 1 = 4 ranks do not divide the trainer's 2",
+            "tensor_model_parallel_size 4 x pipeline_model_parallel_size 1 x context_parallel_size 1 = 4 does not",
         ),
         (
             DENSE, 3, {"parallel": {"tensor_model_parallel_size": 3}},
@@ -170,6 +190,14 @@ def test_layouts_that_do_not_fit_or_train_wrongly_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=error):
         check_run(TrainerOptions(**options), {}, model, world_size)
+
+
+def test_a_critic_on_the_policys_ranks_divides_them_as_the_policy_does() -> None:
+    policy, other = TrainerOptions(parallel={"tensor_model_parallel_size": 2}), TrainerOptions()
+    check_run(policy, {}, DENSE, 2, policy)
+    with pytest.raises(UserError, match=r"critic.parallel divides the ranks into tensor 1 x .* give the critic ranks"):
+        check_run(other, {}, DENSE, 2, policy)
+    check_run(other, {}, DENSE, 2)
 
 
 def test_layers_may_be_divided_unevenly() -> None:

@@ -41,7 +41,9 @@ def build(cls: type[T], table: Node, at: Key) -> T:
         return cls(**values)
     except ValueError as error:
         given = {key: node.origin for key, node in table.value.items()}
-        where = blame(str(error), given) or table.origin
+        inner = {key: node for key, node in table.value.items() if isinstance(node.value, dict)}
+        leaves = {str(path[-1]): node.origin for path, node in Node(inner, table.origin).leaves() if path}
+        where = blame(str(error), leaves) or blame(str(error), given) or table.origin
         kind = MissingExtraError if isinstance(error, MissingExtraError) else UserError
         raise kind(f"{where}: {_named(at, fields, str(error))}") from error
 

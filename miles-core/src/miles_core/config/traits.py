@@ -401,7 +401,9 @@ def _check_model(
             f"{plan.origins['model.path']}: trainer {trainer.name!r} trains only models that a plugin describes; "
             f"{without_family(config, catalog, trainer.backend)}"
         )
-    _check_trainer(plan, trainer, config, family, catalog)
+    _check_trainer(plan, "trainer", config, family, catalog)
+    if plan.critic is not None:
+        _check_trainer(plan, "critic", config, family, catalog)
     longest = config.get("max_position_embeddings")
     if isinstance(longest, int) and plan.model.max_tokens > longest:
         raise UserError(
@@ -411,20 +413,31 @@ def _check_model(
 
 
 def _check_trainer(
-    plan: Plan, trainer: TrainerSpec, config: Mapping[str, Any], family: Entry[ModelSpec] | None, catalog: Catalog
+    plan: Plan,
+    part: Literal["trainer", "critic"],
+    config: Mapping[str, Any],
+    family: Entry[ModelSpec] | None,
+    catalog: Catalog,
 ) -> None:
-    """What the trainer's own check refuses, and a model that its family cannot describe for the trainer's backend."""
-    description = None
+    """What the check of the policy's or the critic's trainer refuses, and a model that its family cannot describe for
+    the trainer's backend."""
+    trained = plan.trainer if part == "trainer" else plan.critic
+    assert trained is not None
+    trainer, description, world_size, policy = _trainer_spec(trained), None, plan.trainer_section.world_size, None
+    if part == "critic" and plan.critic_section is not None:
+        world_size = plan.critic_section.world_size or world_size
+        policy = plan.trainer.options if plan.critic_section.shares and trainer == plan.trainer.spec else None
     if trainer.backend is not None and family is not None:
         description = _description(plan, trainer, config, family, catalog)
     if trainer.check is None:
         return
     try:
-        resolve(trainer.check)(plan.trainer.options, config, description, plan.trainer_section.world_size)
+        resolve(trainer.check)(trained.options, config, description, world_size, policy)
     except ValueError as error:
-        named = {name.removeprefix("trainer."): origin for name, origin in plan.origins.items() if "trainer." in name}
-        given = {name.rpartition(".")[2]: origin for name, origin in named.items() if origin != "default"}
-        raise UserError(f"{blame(str(error), given) or plan.origins['trainer.name']}: {error}") from error
+        named = {name: origin for name, origin in plan.origins.items() if f"{part}." in name and origin != "default"}
+        given = {name.rpartition(".")[2]: origin for name, origin in named.items()}
+        where = blame(str(error), given) or plan.origins[f"{part}.name"]
+        raise UserError(f"{where}: {'of the critic: ' if part == 'critic' else ''}{error}") from error
 
 
 def _description(

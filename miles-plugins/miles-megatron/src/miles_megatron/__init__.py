@@ -15,6 +15,8 @@ def miles_trainers() -> Iterable[TrainerSpec]:
         ref="miles_megatron.start:make_trainer",
         options="miles_megatron.options:TrainerOptions",
         gives=frozenset({"old_logprobs", "ref_logprobs"}),
+        top_logprobs=True,
+        critic="miles_megatron.start:make_critic",
         families="listed",
         backend="megatron",
         check="miles_megatron.layout:check_run",
@@ -32,9 +34,9 @@ def miles_weight_syncs() -> Iterable[WeightSyncSpec]:
         receiver="miles_torch.sync:TorchReceiver",
         trainer="megatron",
         engine="torch",
+        layouts=frozenset({"disaggregated", "colocated"}),
         summary="Broadcasts flat buckets over a process group of its own, gloo or NCCL.",
     )
-        layouts=frozenset({"disaggregated", "colocated"}),
 
 
 @hookimpl

@@ -34,7 +34,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from miles_core.errors import RunError, UserError
 from miles_core.roles import Written
-from miles_megatron.model import bare
+from miles_megatron.model import VALUE_HEAD, bare
+from miles_megatron.weights import some
 from miles_torch.checkpoint import random_states, save_file
 
 FOLDER = "dist"
@@ -66,10 +67,12 @@ def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
     }
 
 
-def model_tensors(chunks: Sequence[nn.Module]) -> dict[str, Any]:
-    """The model's part without what Transformer Engine adds (scales of fp8), which weights from elsewhere lack."""
+def policy_tensors(chunks: Sequence[nn.Module]) -> dict[str, Any]:
+    """The model's part without what Transformer Engine adds (scales of fp8) and without a critic's head, which weights
+    from elsewhere lack."""
     tensors, _ = extract_matching_values(
-        model_state(chunks), lambda value: isinstance(value, ShardedTensor | ShardedTensorFactory)
+        model_state(chunks),
+        lambda value: isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key != VALUE_HEAD,
     )
     found: dict[str, Any] = tensors
     return found
@@ -212,6 +215,7 @@ def read(state: dict[str, Any], folder: Path, options: Mapping[str, Any], *, par
     """
     if not (folder / "metadata.json").is_file():
         raise UserError(f"{folder} holds no checkpoint in Megatron's distributed format")
+    _check_keys(state, folder)
     try:
         with _quiet():
             loaded: dict[str, Any] = dist_checkpointing.load(
@@ -221,13 +225,30 @@ def read(state: dict[str, Any], folder: Path, options: Mapping[str, Any], *, par
                 strict=StrictHandling.RAISE_UNEXPECTED,
                 verify_integrity=bool(options.get("verify_integrity", False)),
             )
+    except CheckpointException as failed:  # PyTorch's, which is no `Exception`; the same on all ranks
+        reason = next((error for error, _ in failed.failures.values()), failed)
+        raise UserError(f"{folder} cannot be loaded into this run's model: {reason}") from None
     except (CheckpointingException, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} does not fit this run's model: {error}") from error
     return loaded
 
 
+def _check_keys(state: dict[str, Any], folder: Path) -> None:
+    """Everything asked for is there, or all ranks raise `UserError`. A collective. Megatron would list all keys."""
+    asked, _ = extract_matching_values(state, lambda value: isinstance(value, ShardedTensor | ShardedTensorFactory))
+    own: set[str] = set()
+    dict_list_map_inplace(lambda value: own.add(value.key), asked)
+    everywhere: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(everywhere, own)
+    if missing := sorted(set().union(*everywhere) - types(folder).keys()):
+        raise UserError(
+            f"{folder} lacks {some(missing)}, which this run's model asks for: the checkpoint is of another model, or "
+            "of a run with other parts"
+        )
+
+
 def put_model(chunks: Sequence[nn.Module], loaded: Mapping[str, Any], *, tensors_only: bool = False) -> None:
-    """Copies what `read` gave into the model; of `model_tensors`, if `tensors_only`."""
+    """Copies what `read` gave into the model; of `policy_tensors`, if `tensors_only`."""
     names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
     for name, chunk in zip(names, chunks, strict=True):
         bare(chunk).load_state_dict(loaded[name], strict=not tensors_only)

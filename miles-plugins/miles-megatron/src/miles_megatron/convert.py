@@ -145,7 +145,7 @@ class _Skeleton:
         with torch.device("meta"):
             chunks = model.build(settings.transformer(options, description, 1), description, torch.device("meta"))
         self.table = Table(description, held)
-        entries = checkpoint.model_tensors(chunks)["model"]
+        entries = checkpoint.policy_tensors(chunks)["model"]
         by_tensor = {id(entry.data): (key, entry) for key, entry in entries.items()}
         self.own = [
             _Own(*by_tensor[id(own.tensor)], own.shape, self.table.find(own.name))

@@ -1,13 +1,13 @@
 """Log-probabilities and entropy from hidden states, the vocabulary spread over tensor-parallel ranks.
 
-With z = hidden · weight / temperature and p = softmax(z), for the token y:
+With z = hidden · weight / temperature and p = softmax(z), for each token y that is asked for:
 log p(y) = z_y - logsumexp(z), whose gradient by z is onehot(y) - p; and the entropy H = logsumexp(z) - sum(p z), whose
-gradient by z is -p (log p + H). Each rank holds some rows of the weight; maxima and sums go over the ranks, three
-numbers a token. Everything after the matrix product is computed in float32, a chunk of tokens at a time, so there
-never is a second copy of the logits; past `Limits.keep` there is not even a first one, and the backward pass makes
-each chunk again. Left out: logit soft-capping.
+gradient by z is -p (log p + H). Each rank holds some rows of the weight; maxima and sums go over the ranks, two or
+three numbers a place and one a token. Everything after the matrix product is computed in float32, a chunk of places at
+a time, so there never is a second copy of the logits; past `Limits.keep` there is not even a first one, and the
+backward pass makes each chunk again. Left out: logit soft-capping.
 
-Shapes: T tokens; V vocabulary, Vr this rank's part of it; H hidden.
+Shapes: T places; M tokens that are asked for at each; V vocabulary, Vr this rank's part of it; H hidden.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LIMITS = {"cpu": Limits(keep=2**28, chunk=2**24), "cuda": Limits(keep=2**32, chu
 
 
 class _Logprobs(torch.autograd.Function):
-    """See the head of the module. Returns log-probabilities [T] and entropies [T] (empty unless asked for)."""
+    """See the head of the module. Returns log-probabilities [T, M] and entropies [T] (empty unless asked for)."""
 
     @staticmethod
     def forward(
@@ -94,10 +94,11 @@ def _fused(function: Callable[..., Tensor], logits: Tensor, *rest: Any) -> Tenso
 
 
 def _own(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Which targets lie in this rank's part, their places there (0 where they do not), and the scaled logits there."""
+    """Which targets lie in this rank's part, their places there (0 where they do not), and the scaled logits there;
+    each [T, M]."""
     inside = (targets >= 0) & (targets < logits.shape[1])
     places = targets.where(inside, 0)
-    return inside, places, logits.gather(1, places[:, None])[:, 0].float() / temperature
+    return inside, places, logits.gather(1, places).float() / temperature
 
 
 def _sums(logits: Tensor, temperature: float, entropy: bool) -> Tensor:
@@ -115,21 +116,23 @@ def _sums(logits: Tensor, temperature: float, entropy: bool) -> Tensor:
 def _statistics(
     logits: Tensor, targets: Tensor, temperature: float, entropy: bool, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each target, log of the sum of exponentials, entropy; each [T], the last maybe empty."""
+    """Log-probability of each target, [T, M]; log of the sum of exponentials, entropy, each [T], the last maybe
+    empty."""
     if logits.shape[1]:
         own_top, *sums = _fused(_sums, logits, temperature, entropy)
         inside, _, picked = _own(logits, targets, temperature)
     else:  # this rank has nothing but padding
-        zeros = torch.zeros(len(logits), device=logits.device)
-        own_top, sums, inside, picked = zeros - torch.inf, [zeros] * (2 if entropy else 1), zeros > 0, zeros
+        zeros, picked = torch.zeros(len(logits), device=logits.device), torch.zeros(targets.shape, device=logits.device)
+        own_top, sums, inside = zeros - torch.inf, [zeros] * (2 if entropy else 1), picked > 0
     top = own_top.clone()
     _reduce(top, group, dist.ReduceOp.MAX)
     shift = (own_top - top).where(own_top != -torch.inf, 0.0)
-    stacked = torch.stack([(picked - top).where(inside, 0.0), *_shifted(sums, shift)])
+    stacked = torch.cat([(picked - top[:, None]).where(inside, 0.0), torch.stack(_shifted(sums, shift), 1)], 1)
     _reduce(stacked, group, dist.ReduceOp.SUM)
-    log_sum = stacked[1].log()
-    spread = log_sum - stacked[2] / stacked[1] if entropy else log_sum.new_empty(0)
-    return stacked[0] - log_sum, top + log_sum, spread
+    picked, (total, *products) = stacked[:, : targets.shape[1]], stacked[:, targets.shape[1] :].unbind(1)
+    log_sum = total.log()
+    spread = log_sum - products[0] / total if entropy else log_sum.new_empty(0)
+    return picked - log_sum[:, None], top + log_sum, spread
 
 
 def _shifted(sums: Sequence[Tensor], shift: Tensor) -> list[Tensor]:
@@ -144,7 +147,7 @@ def _shifted(sums: Sequence[Tensor], shift: Tensor) -> list[Tensor]:
 def _negative(
     logits: Tensor, norm: Tensor, grad: Tensor, grad_entropy: Tensor | None, spread: Tensor, temperature: float
 ) -> Tensor:
-    """-p (grad + grad_entropy (log p + H)) / temperature of every logit, in the type of the logits."""
+    """-p (grad + grad_entropy (log p + H)) / temperature of every logit, in the type of the logits; grad: [T]."""
     logprobs = logits.float() / temperature - norm[:, None]
     factor = grad[:, None]
     if grad_entropy is not None:
@@ -161,16 +164,28 @@ def _gradient(
     temperature: float,
 ) -> Tensor:
     """Of the objective by this rank's logits, [T, Vr] in their type. Each target's is computed apart in float32, since
-    1 - p of a likely token would be lost otherwise."""
+    1 - p of a likely token would be lost otherwise; a token that is asked for twice has the sum."""
     grad_logprobs, grad_entropy = grads
-    grad = _fused(_negative, logits, norm, grad_logprobs, grad_entropy, spread, temperature)
+    total = grad_logprobs.sum(1)
+    grad = _fused(_negative, logits, norm, total, grad_entropy, spread, temperature)
     if grad.shape[1]:
         inside, places, picked = _own(logits, targets, temperature)
-        logprobs = picked - norm
-        factor = grad_logprobs if grad_entropy is None else grad_logprobs + (logprobs + spread) * grad_entropy
-        own = ((grad_logprobs - logprobs.exp() * factor) / temperature).to(grad.dtype)
-        grad.scatter_(1, places[:, None], own[:, None].where(inside[:, None], grad.gather(1, places[:, None])))
+        logprobs, factor = picked - norm[:, None], total[:, None]
+        if grad_entropy is not None:
+            factor = factor + (logprobs + spread[:, None]) * grad_entropy[:, None]
+        own = ((_together(grad_logprobs, targets) - logprobs.exp() * factor) / temperature).to(grad.dtype)
+        for number in range(targets.shape[1]):  # one at a time: those of other ranks all point at place 0
+            at = places[:, number : number + 1]
+            grad.scatter_(1, at, own[:, number : number + 1].where(inside[:, number : number + 1], grad.gather(1, at)))
     return grad
+
+
+def _together(grads: Tensor, targets: Tensor) -> Tensor:
+    """Each token's with those of the same token at the same place, [T, M]."""
+    if targets.shape[1] == 1:
+        return grads
+    same = targets[:, :, None] == targets[:, None, :]
+    return (same.to(grads.dtype) @ grads[:, :, None])[..., 0]
 
 
 def _reduce(tensor: Tensor, group: Any, op: Any) -> None:
@@ -192,11 +207,13 @@ def token_logprobs(
 
     hidden: [T, H], the same on all ranks of `group`; its gradient holds this rank's part alone, to be summed over them.
     weight: [Vr, H], this rank's rows; rows past the first `vocabulary` of all ranks together are padding and count for
-    nothing. targets: int64 [T] in the whole vocabulary. Returns float32 [T] twice, None for entropies not asked for.
+    nothing. targets: int64 [T] or [T, M] in the whole vocabulary. Returns log-probabilities, float32, in the shape of
+    the targets, and entropies, float32 [T], or None unless asked for.
     """
     rank = 0 if group is None else group.rank()
     first = rank * len(weight)
     size = max(0, min(len(weight), vocabulary - first))
     own = weight if size == len(weight) else weight[:size]
-    logprobs, spread = _Logprobs.apply(hidden, own, targets - first, temperature, entropy, group)  # type: ignore[no-untyped-call]
-    return logprobs, spread if entropy else None
+    several = (targets[:, None] if targets.dim() == 1 else targets) - first
+    logprobs, spread = _Logprobs.apply(hidden, own, several, temperature, entropy, group)  # type: ignore[no-untyped-call]
+    return logprobs.view_as(targets), spread if entropy else None

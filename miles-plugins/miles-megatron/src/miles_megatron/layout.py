@@ -32,6 +32,11 @@ class Layout:
     expert_tensor: int
     virtual: int | None
 
+    def __str__(self) -> str:
+        virtual = f" x virtual {self.virtual}" if self.virtual else ""
+        expert = f", expert tensor {self.expert_tensor} x expert {self.expert}"
+        return f"tensor {self.tensor} x pipeline {self.pipeline}{virtual} x context {self.context}{expert}"
+
     @classmethod
     def of(cls, parallel: Mapping[str, Any]) -> Layout:
         """From fields of `ModelParallelConfig`."""
@@ -46,10 +51,22 @@ class Layout:
         )
 
 
-def check_run(options: TrainerOptions, config: Mapping[str, Any], description: MegatronModel, world_size: int) -> None:
+def check_run(
+    options: TrainerOptions,
+    config: Mapping[str, Any],
+    description: MegatronModel,
+    world_size: int,
+    policy: TrainerOptions | None = None,
+) -> None:
     """Refuses a run before it starts; see `miles_core.roles.TrainerCheck`. Raises `UserError`."""
     check_model(options, description)
-    check_layout(Layout.of(options.parallel), description, world_size, options)
+    layout = Layout.of(options.parallel)
+    check_layout(layout, description, world_size, options)
+    if policy is not None and layout != Layout.of(policy.parallel):
+        raise UserError(
+            f"critic.parallel divides the ranks into {layout}, but the policy's trainer, on the same ranks, "
+            f"into {Layout.of(policy.parallel)}; leave it out, or give the critic ranks of its own (critic.gpus)"
+        )
 
 
 def check_model(options: TrainerOptions, model: MegatronModel) -> None:
@@ -91,14 +108,16 @@ def _check_ranks(layout: Layout, world_size: int) -> None:
     dense = layout.tensor * layout.pipeline * layout.context
     if world_size % dense:
         raise UserError(
-            f"trainer.parallel: tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} = "
-            f"{dense} ranks do not divide the trainer's {world_size}"
+            f"trainer.parallel: tensor_model_parallel_size {layout.tensor} x pipeline_model_parallel_size "
+            f"{layout.pipeline} x context_parallel_size {layout.context} = {dense} does not divide the {world_size} "
+            "ranks; trainer.gpus (or trainer.ranks) must be a multiple of it"
         )
     sparse = layout.expert_tensor * layout.expert * layout.pipeline
     if layout.expert > 1 and world_size % sparse:
         raise UserError(
-            f"trainer.parallel: expert tensor {layout.expert_tensor} x expert {layout.expert} x pipeline "
-            f"{layout.pipeline} = {sparse} ranks do not divide the trainer's {world_size}"
+            f"trainer.parallel: expert_tensor_parallel_size {layout.expert_tensor} x expert_model_parallel_size "
+            f"{layout.expert} x pipeline_model_parallel_size {layout.pipeline} = {sparse} does not divide the "
+            f"{world_size} ranks; trainer.gpus (or trainer.ranks) must be a multiple of it"
         )
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
@@ -47,13 +48,20 @@ def padded_vocabulary(size: int, tensor_parallel_size: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def build(config: Any, model: MegatronModel, device: torch.device) -> list[nn.Module]:
-    """The chunks of this rank, their parameters uninitialised, in evaluation mode. Raises `UserError`."""
+VALUE_HEAD = "score.weight"
+"""Name of the head of a critic, as in transformers' token classifiers and in the critic of the trainer `torch`."""
+
+
+def build(config: Any, model: MegatronModel, device: torch.device, value_seed: int | None = None) -> list[nn.Module]:
+    """The chunks of this rank, their parameters uninitialised, in evaluation mode. Raises `UserError`.
+
+    value_seed: of a critic's head; None for a policy.
+    """
     stages = config.virtual_pipeline_model_parallel_size
     numbers: list[int | None] = [None] if stages is None else list(range(stages))
     try:
         with _fusion(config) as fuse:
-            chunks = [fuse(_chunk(config, model, number).to(device)) for number in numbers]
+            chunks = [fuse(_chunk(config, model, number, value_seed).to(device)) for number in numbers]
         router.check(chunks, config)
     except UserError:
         raise
@@ -114,12 +122,50 @@ class Model(GPTModel):  # type: ignore[misc]
         )
 
 
-def _chunk(config: Any, model: MegatronModel, stage: int | None) -> nn.Module:
+class ValueModel(GPTModel):  # type: ignore[misc]
+    """Megatron's model for a critic: on the last stage `output_processor` gets a head of one output instead of the
+    vocabulary's.
+
+    The head is whole on every tensor-parallel rank. seed: of its weight, which is drawn from a normal distribution of
+    deviation 1 / (hidden size + 1), as in Stiennon et al., Learning to summarize from human feedback, arXiv 2009.01325.
+    """
+
+    def __init__(self, *, seed: int, **given: Any) -> None:
+        super().__init__(**given)
+        if not self.post_process:
+            return
+        del self.output_layer
+        width = self.config.hidden_size
+        self.score = nn.utils.skip_init(nn.Linear, width, 1, bias=False)  # type: ignore[no-untyped-call]
+        nn.init.normal_(self.score.weight, std=1 / (width + 1), generator=torch.Generator().manual_seed(seed))
+
+    def _postprocess(self, hidden_states: Tensor, output_processor: Any = None, **given: Any) -> Any:
+        if not self.post_process:
+            return hidden_states
+        context = given["output_processor_context"]
+        return output_processor(
+            hidden_states=hidden_states,
+            output_layer=self.score,
+            output_weight=None,
+            context=context,
+            config=self.config,
+        )
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Without what Megatron's language models do for a vocabulary's head."""
+        return super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
+
+
+def _chunk(config: Any, model: MegatronModel, stage: int | None, value_seed: int | None) -> nn.Module:
     where = {"ignore_virtual": False, "vp_stage": stage}
     arguments = dict(model.gpt)
     size = padded_vocabulary(arguments.pop("vocab_size"), config.tensor_model_parallel_size)
     block = layers.block(config, model, stage)
-    chunk: nn.Module = Model(
+    if value_seed is not None:
+        arguments["seed"] = value_seed
+    chunk: nn.Module = (Model if value_seed is None else ValueModel)(
         config=config,
         transformer_layer_spec=block,
         mtp_block_spec=layers.predictions(config, block, stage),
@@ -154,6 +200,11 @@ class Local:
     dim: int | None
     expert: bool
     copied: bool = False
+
+    @property
+    def new(self) -> bool:
+        """Whether no folder holds it: it is a critic's head."""
+        return self.name == VALUE_HEAD
 
     @property
     def group(self) -> Any:

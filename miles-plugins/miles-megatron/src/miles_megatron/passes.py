@@ -4,7 +4,8 @@ The objective is exactly sum(weights * losses) over all trained tokens. Gradient
 data- and context-parallel ranks, and never averaged: with `calculate_per_token_loss` Megatron leaves them as they are,
 and its division by a number of tokens is left out.
 
-Shapes: T trained tokens of a micro-batch on one context-parallel rank; S its samples.
+Shapes: T trained tokens of a micro-batch on one context-parallel rank; S its samples; K the teacher's likeliest tokens
+at each place; N tokens of a rank's row; H hidden.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from miles_core.filler import filler
 from miles_core.sample import Batch
@@ -34,12 +36,14 @@ from miles_megatron.router import Counted
 class Task:
     """A micro-batch on this rank. segments: int64 [T], the sample of each token; samples: S.
 
-    further: the same row for layers that predict further tokens, each with what it predicts. counted: for routers.
+    targets: int64 [T], or [T, 1 + K] with the teacher's likeliest tokens after each. further: the same row for layers
+    that predict further tokens, each with what it predicts. counted: for routers.
     """
 
     micro: MicroBatch
     row: Row
     segments: Tensor
+    targets: Tensor
     further: tuple[Row, ...]
     counted: Counted | None
 
@@ -50,12 +54,66 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """What the last stage gives of the trained tokens. own: log-probabilities of a policy, values of a critic; [T].
+
+    top: [T, K], log-probabilities of the teacher's likeliest tokens; entropy: [T]; None unless asked for.
+    """
+
+    own: Tensor
+    top: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Head:
-    """What the last stage computes from hidden states."""
+    """What the last stage computes from hidden states. top: also for the teacher's likeliest tokens."""
 
     vocabulary: int
     temperature: float
     entropy: bool
+    top: bool = False
+
+    def __call__(self, states: Tensor, weight: Tensor, places: tuple[Tensor, Tensor], config: Any) -> Tensor:
+        """States [N, 1, H] and this rank's rows of the output layer to [T, M], log-probabilities and then the entropy
+        if it is asked for. places: `sources` and `targets` of a `Row`."""
+        sources, targets = places
+        if config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=True)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(states)
+        logprobs, entropy = token_logprobs(
+            hidden[:, 0][sources],
+            weight,
+            targets if targets.dim() > 1 else targets[:, None],
+            vocabulary=self.vocabulary,
+            temperature=self.temperature,
+            entropy=self.entropy,
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        return logprobs if entropy is None else torch.cat([logprobs, entropy[:, None]], dim=1)
+
+    def split(self, output: Tensor) -> Predicted:
+        """What `__call__` has put together."""
+        logprobs = output[:, :-1] if self.entropy else output
+        return Predicted(logprobs[:, 0], logprobs[:, 1:] if self.top else None, output[:, -1] if self.entropy else None)
+
+
+class ValueHead:
+    """The same for a critic: values, float32 [T, 1]. Its weight is whole on every tensor-parallel rank, so each
+    computes all of them."""
+
+    top = False
+
+    def __call__(self, states: Tensor, weight: Tensor, places: tuple[Tensor, Tensor], config: Any) -> Tensor:
+        """weight: [1, H]."""
+        if config.sequence_parallel:
+            states = tensor_parallel.gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=False)
+        return F.linear(states[:, 0][places[0]].float(), weight.float())
+
+    def split(self, output: Tensor) -> Predicted:
+        """As that of `Head`."""
+        return Predicted(output[:, 0])
 
 
 @dataclass(frozen=True)
@@ -66,9 +124,9 @@ class Size:
     samples: int
 
 
-Objective = Callable[[Task, Tensor, Tensor | None, Sequence[Tensor]], Tensor]
-"""Of a task, its log-probabilities [T], entropies [T] or None, and log-probabilities at temperature 1 of what each
-further layer predicts: the scalar to be differentiated."""
+Objective = Callable[[Task, Predicted, Sequence[Tensor]], Tensor]
+"""Of a task, what is predicted of it, and log-probabilities [T] at temperature 1 of what each further layer predicts:
+the scalar to be differentiated."""
 
 
 class _SumOverContext(torch.autograd.Function):
@@ -125,34 +183,35 @@ class Passes:
             found = [getattr(chunk, method) for chunk in self.chunks] if asked else None
             setattr(self.config, name, found[0] if found and len(found) == 1 else found)
 
-    def forward(self, batch: Batch, micros: Sequence[MicroBatch], head: Head) -> list[tuple[Task, Tensor]]:
-        """Log-probabilities of each micro-batch, without gradient; nothing on all but the last stage's ranks."""
+    def forward(self, batch: Batch, micros: Sequence[MicroBatch], head: Head | ValueHead) -> list[tuple[Task, Tensor]]:
+        """Log-probabilities or values [T] of each micro-batch, without gradient; nothing on all but the last stage's
+        ranks."""
 
         def loss(task: Task, output: Tensor, further: Sequence[Tensor]) -> tuple[Tensor, Tensor, Any]:
-            return output.sum(), _no_tokens(), (task, output[0].detach())
+            return output.sum(), _no_tokens(), (task, output[:, 0].detach())
 
         with torch.no_grad():
-            return self._run([self._task(batch, micro) for micro in micros], head, loss, forward_only=True)
+            return self._run([self._task(batch, micro, head) for micro in micros], head, loss, forward_only=True)
 
     def forward_backward(
-        self, batch: Batch, micros: Sequence[MicroBatch], head: Head, objective: Objective, size: Size
+        self, batch: Batch, micros: Sequence[MicroBatch], head: Head | ValueHead, objective: Objective, size: Size
     ) -> list[tuple[Task, Tensor]]:
         """Leaves the summed gradients in the buffers. Returns what `forward` returns."""
 
         def loss(task: Task, output: Tensor, further: Sequence[Tensor]) -> tuple[Tensor, Tensor, Any]:
-            value = objective(task, output[0], output[1] if head.entropy else None, further)
+            value = objective(task, head.split(output), further)
             value = value * 0.0 if task.micro.dummy else value
             _count_again(value, task)
-            return value, _no_tokens(), (task, output[0].detach())
+            return value, _no_tokens(), (task, output[:, 0].detach())
 
-        tasks = [self._task(batch, micro, size) for micro in micros]
+        tasks = [self._task(batch, micro, head, size) for micro in micros]
         try:
             return self._run(tasks, head, loss, forward_only=False)
         finally:
             router.counting(None)
 
     def _run(
-        self, tasks: Sequence[Task], head: Head, loss: Callable[..., Any], *, forward_only: bool
+        self, tasks: Sequence[Task], head: Head | ValueHead, loss: Callable[..., Any], *, forward_only: bool
     ) -> list[tuple[Task, Tensor]]:
         def step(tasks: Iterator[Task], chunk: nn.Module) -> tuple[Tensor, Any]:
             task = next(tasks)
@@ -177,29 +236,33 @@ class Passes:
     def _longest(self, tasks: Sequence[Task]) -> int:
         return max(len(task.row.tokens) for task in tasks) * self.cut.context
 
-    def _task(self, batch: Batch, micro: MicroBatch, size: Size | None = None) -> Task:
+    def _task(self, batch: Batch, micro: MicroBatch, head: Head | ValueHead, size: Size | None = None) -> Task:
         """size: None for a pass without gradient, which needs no more than the tokens."""
         rank = parallel_state.get_context_parallel_rank()
         indices = row(batch, micro, self.cut, rank)
         layers = range(1, 1 + (self.config.mtp_num_layers or 0)) if size is not None else ()
         further = tuple(row(batch, micro, self.cut, rank, skipped) for skipped in layers)
         counted = None if size is None or not router.counts(self.config) else self._counted(micro, indices, size)
-        return Task(micro, indices, self.move(indices.segments), further, counted)
+        targets = indices.targets
+        if head.top:
+            targets = np.concatenate([targets[:, None], batch["teacher_top_tokens"][indices.rows]], 1, dtype=np.int64)
+        return Task(micro, indices, self.move(indices.segments), self.move(targets), further, counted)
 
     def _counted(self, micro: MicroBatch, indices: Row, size: Size) -> Counted:
         left = np.zeros_like(indices.left) if micro.dummy else indices.left
         return Counted(self.move(indices.samples), self.move(left), len(micro.pieces), size.tokens, size.samples)
 
-    def _forward(self, task: Task, chunk: nn.Module, head: Head, further: list[Tensor]) -> Tensor:
+    def _forward(self, task: Task, chunk: nn.Module, head: Head | ValueHead, further: list[Tensor]) -> Tensor:
         """further: where log-probabilities of further tokens go."""
-        rows = (task.row, *task.further)
+        own = (self.move(task.row.sources), task.targets)
+        others = [(self.move(row.sources), self.move(row.targets)) for row in task.further]
         output: Tensor = chunk(
             input_ids=self.move(task.row.tokens)[None],
             position_ids=self.move(task.row.positions)[None],
             attention_mask=None,
             packed_seq_params=self._packed(task.row),
             output_processor=_last_stage,
-            output_processor_context=(head, [(self.move(r.sources), self.move(r.targets)) for r in rows], further),
+            output_processor_context=(head, [own, *others], further),
         )
         return output
 
@@ -245,35 +308,15 @@ def _last_stage(
     further: Sequence[Tensor] = (),
     **_: Any,
 ) -> Tensor:
-    """Log-probabilities and, if asked for, entropies of the trained tokens: [1 or 2, T]."""
+    """What the head computes of the trained tokens, [T, M]."""
     head, (own, *others), found = context
     weight = output_layer.weight if output_weight is None else output_weight
-    logprobs, entropy = _logprobs(hidden_states, weight, own, head, config)
-    plain = Head(head.vocabulary, temperature=1.0, entropy=False)
+    output: Tensor = head(hidden_states, weight, own, config)
     weight = weight.detach() if config.mtp_detach_heads else weight
     for states, places in zip(further, others, strict=True):
-        found.append(_logprobs(states, weight, places, plain, config)[0])
-    return torch.stack([logprobs] if entropy is None else [logprobs, entropy])
-
-
-def _logprobs(
-    states: Tensor, weight: Tensor, places: tuple[Tensor, Tensor], head: Head, config: Any
-) -> tuple[Tensor, Tensor | None]:
-    """places: `sources` and `targets` of a `Row`."""
-    sources, targets = places
-    if config.sequence_parallel:
-        hidden = tensor_parallel.gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=True)
-    else:
-        hidden = tensor_parallel.copy_to_tensor_model_parallel_region(states)
-    return token_logprobs(
-        hidden[:, 0][sources],
-        weight,
-        targets,
-        vocabulary=head.vocabulary,
-        temperature=head.temperature,
-        entropy=head.entropy,
-        group=parallel_state.get_tensor_model_parallel_group(),
-    )
+        plain = Head(head.vocabulary, temperature=1.0, entropy=False)
+        found.append(plain(states, weight, places, config)[:, 0])
+    return output
 
 
 def reduced(metrics: Mapping[str, Any] | None) -> Any:

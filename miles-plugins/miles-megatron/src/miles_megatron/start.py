@@ -26,6 +26,14 @@ def prepare() -> None:
         cpu.patch_megatron()
 
 
+def make_critic(options: TrainerOptions, context: TrainerContext) -> Any:
+    """A `roles.Critic` on Megatron-core."""
+    prepare()
+    from miles_megatron.critic import MegatronCritic
+
+    return MegatronCritic(options, context)
+
+
 def make_trainer(options: TrainerOptions, context: TrainerContext) -> Any:
     """A `roles.Trainer` on Megatron-core."""
     prepare()

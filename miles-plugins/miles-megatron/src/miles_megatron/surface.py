@@ -173,8 +173,71 @@ def check(section: str, given: Mapping[str, Any]) -> None:
         reason = reserved(section, name) if name in known else ""
         if reason and (name not in RESERVED_VALUES or RESERVED_VALUES[name] != value):
             raise UserError(f"{section}.{name} cannot be set to {value!r}: {reason}")
+        if name in known and not reason:
+            _check_value(section, name, value)
         if name not in known:
             raise UserError(f"{section} has no option {name!r}. {_elsewhere(section, name) or nearest(name, known)}")
+
+
+def _check_value(section: str, name: str, value: Any) -> None:
+    """Refuses what the class does not declare, as far as a run file can say it. Raises `UserError`."""
+    annotation = fields(section)[name].annotation
+    allowed = _allowed(ast.parse(annotation, mode="eval").body)
+    if value is None or allowed is None or any(_is(value, one) for one in allowed):
+        return
+    choices = [one for one in allowed if not isinstance(one, type)]
+    if choices and len(choices) == len([one for one in allowed if one is not type(None)]):
+        raise UserError(f"{section}.{name} cannot be {value!r}; it is one of {', '.join(map(repr, choices))}")
+    raise UserError(f"{section}.{name} cannot be {value!r}; Megatron-core declares it as {annotation}")
+
+
+_TYPES = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+    "list": list,
+    "List": list,
+    "Tuple": list,
+    "tuple": list,
+}
+
+
+def _allowed(annotation: ast.expr) -> list[Any] | None:
+    """Types and values that an annotation allows; None if it names a type that a run file has no words for."""
+    match annotation:
+        case ast.Constant(value=None):
+            return [type(None)]
+        case ast.Name(id=name):
+            return [_TYPES[name]] if name in _TYPES else None
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
+            return [ast.literal_eval(one) for one in _several(inner)]
+        case ast.Subscript(value=ast.Name(id="Optional" | "Union"), slice=inner):
+            return _either(_several(inner))
+        case ast.Subscript(value=ast.Name() as outer):
+            return _allowed(outer)
+        case ast.BinOp(left=left, right=right):
+            return _either([left, right])
+    return None
+
+
+def _several(inner: ast.expr) -> list[ast.expr]:
+    return inner.elts if isinstance(inner, ast.Tuple) else [inner]
+
+
+def _either(annotations: list[ast.expr]) -> list[Any] | None:
+    found = [_allowed(one) for one in annotations]
+    return None if None in found else [one for part in found for one in part or ()]
+
+
+def _is(value: Any, allowed: Any) -> bool:
+    """Whether a value of a run file is one that is allowed; true is no number, and a whole number is one."""
+    if not isinstance(allowed, type):
+        return bool(value == allowed) and type(value) is type(allowed)
+    if isinstance(value, bool) or allowed is bool:
+        return isinstance(value, bool) and allowed is bool
+    kinds = {float: (int, float), list: (list, tuple)}.get(allowed, (allowed,))
+    return isinstance(value, kinds)
 
 
 def _elsewhere(section: str, name: str) -> str:

@@ -29,7 +29,16 @@ from torch import Tensor, nn
 
 from miles_core.errors import RunError, UserError
 from miles_core.megatron import MegatronModel
-from miles_core.roles import Bucket, BucketLayout, LossInputs, Segments, TrainerContext, TrainStage, Written
+from miles_core.roles import (
+    Bucket,
+    BucketLayout,
+    LossInputs,
+    LossOutputs,
+    Segments,
+    TrainerContext,
+    TrainStage,
+    Written,
+)
 from miles_core.run.mismatch import mismatch
 from miles_core.sample import Batch
 from miles_megatron import checkpoint, clipping, families, model, pretrained, router, schedule, settings
@@ -37,17 +46,35 @@ from miles_megatron.layout import Layout, further_layers
 from miles_megatron.offload import Offload
 from miles_megatron.options import TrainerOptions
 from miles_megatron.packing import MicroBatch, pieces, plan
-from miles_megatron.passes import Head, Passes, Size, Task, on_last_stage, over_context, reduced
+from miles_megatron.passes import (
+    Head,
+    Passes,
+    Predicted,
+    Size,
+    Task,
+    ValueHead,
+    on_last_stage,
+    over_context,
+    reduced,
+)
 from miles_megatron.weights import Exporter, Folder, Fresh, Table, load
 from miles_torch.metrics import Sums, report, summary
 from miles_torch.packing import describe
 
-_COLUMNS = frozenset({"advantages", "old_logprobs", "rollout_logprobs", "staleness", "ref_logprobs"})
+_COLUMNS = frozenset(
+    {
+        "advantages", "old_logprobs", "rollout_logprobs", "staleness", "ref_logprobs",
+        "teacher_logprobs", "teacher_top_logprobs",
+    }
+)  # fmt: skip
 """Columns of a batch that are fields of `LossInputs`."""
 
 
 class MegatronTrainer:
     """One rank. See `miles_core.roles.Trainer`."""
+
+    predicts = "log-probability"
+    """What its model gives of a token, in words."""
 
     def __init__(self, options: TrainerOptions, context: TrainerContext) -> None:
         self.options, self.context = options, context
@@ -63,9 +90,9 @@ class MegatronTrainer:
         self._config_json = json.loads((context.model / "config.json").read_text(encoding="utf-8"))
         self._model = self._describe()
         self._device = self._take_device()
-        self._config = settings.transformer(self.options, self._model, context.world_size)
+        self._config = self._configured()
         self._join()
-        chunks = model.build(self._config, self._model, self._device)
+        chunks = self._build()
         self._load(chunks)
         self._bare: Any = model.bare(chunks[0]) if len(chunks) == 1 else nn.ModuleList(map(model.bare, chunks))
         if context.hooks is not None:
@@ -84,7 +111,10 @@ class MegatronTrainer:
         return device
 
     def _join(self) -> None:
+        """A critic that shares the policy's ranks finds them joined and divided."""
         context = self.context
+        if dist.is_initialized():
+            return
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if context.gpus else "gloo",
             init_method=context.address,
@@ -98,18 +128,27 @@ class MegatronTrainer:
         found = families.describe(self._config_json)
         return found.predicting(further_layers(self.options, found))
 
+    def _configured(self) -> Any:
+        return settings.transformer(self.options, self._model, self.context.world_size)
+
+    def _build(self) -> list[nn.Module]:
+        return model.build(self._config, self._model, self._device)
+
     def _load(self, chunks: list[nn.Module]) -> None:
         folder = self.context.model
         if (folder / checkpoint.FOLDER).is_dir():
             self._exporter = Exporter(chunks, Table(self._model, checkpoint.copies(folder / checkpoint.FOLDER)))
-            state = checkpoint.model_tensors(chunks)
+            state = checkpoint.policy_tensors(chunks)
             checkpoint.put_model(chunks, checkpoint.read(state, folder / checkpoint.FOLDER, {}), tensors_only=True)
-            return
-        if not any(folder.glob("*.safetensors")):
+        elif any(folder.glob("*.safetensors")):
+            self._load_folder(chunks, folder)
+        else:
             table = Table(self._model)
             self._exporter = Exporter(chunks, table)
             load(chunks, table, Fresh(self.context.seed, float(self._config_json.get("initializer_range", 0.02))))
-            return
+
+    def _load_folder(self, chunks: list[nn.Module], folder: Path) -> None:
+        """The weights of a Hugging Face folder. Raises `UserError` if they are not those of the model."""
         source = Folder(folder)
         table = Table(self._model, source.names)
         self._exporter = Exporter(chunks, table)
@@ -200,9 +239,9 @@ class MegatronTrainer:
             micros, _ = self._plan(batch, samples)
             if not micros:
                 continue
-            for task, logprobs in self._passes.forward(batch, micros, self._head(batch, entropy=False)):
+            for task, predicted in self._passes.forward(batch, micros, self._head(batch, training=False)):
                 if not task.micro.dummy and parallel_state.get_tensor_model_parallel_rank() == 0:
-                    column[torch.from_numpy(task.row.rows)] = logprobs.float().cpu()
+                    column[torch.from_numpy(task.row.rows)] = predicted.float().cpu()
         dist.reduce(column, dst=0)
         return column.numpy() if self.context.rank == 0 else None
 
@@ -261,22 +300,21 @@ class MegatronTrainer:
         sums = Sums(self._device, parallel_state.get_data_parallel_group(with_context_parallel=True))
         given: list[tuple[Task, Tensor, Tensor]] = []  # looked at only if something is wrong: to look is to wait
 
-        def objective(task: Task, logprobs: Tensor, entropy: Tensor | None, further: Sequence[Tensor]) -> Tensor:
-            value, losses = self._objective(batch, task, logprobs, entropy, sums, first=first)
+        def objective(task: Task, predicted: Predicted, further: Sequence[Tensor]) -> Tensor:
+            value, losses = self._objective(batch, task, predicted, sums, first=first)
             if not task.micro.dummy:
-                given.append((task, logprobs.detach(), losses.detach()))
+                given.append((task, predicted.own.detach(), losses.detach()))
             return value + self._further(batch, task, further, sums) if further else value
 
         for chunk in self._chunks:
             chunk.train()
         micros, size = self._plan(batch, samples)
         if micros:
-            head = self._head(batch, entropy=self._stage.entropy)
-            self._passes.forward_backward(batch, micros, head, objective, size)
+            self._passes.forward_backward(batch, micros, self._head(batch, training=True), objective, size)
         found: dict[str, Any] = report(sums.reduce()) if on_last_stage() else {}
         found = reduced(found) | router.metrics(self._config, self._device)
         if not math.isfinite(found["loss"]):
-            found["fault"] = self._fault([_first_not_finite(batch, *each) for each in given])
+            found["fault"] = self._fault([_first_not_finite(batch, self.predicts, *each) for each in given])
         return found
 
     def _fault(self, bad: Sequence[str]) -> str:
@@ -287,32 +325,44 @@ class MegatronTrainer:
         return f"{where}; the loss is not finite and the step was not taken."
 
     def _objective(
-        self, batch: Batch, task: Task, logprobs: Tensor, entropy: Tensor | None, sums: Sums, *, first: bool
+        self, batch: Batch, task: Task, predicted: Predicted, sums: Sums, *, first: bool
     ) -> tuple[Tensor, Tensor]:
         """sum(weights * losses) of a micro-batch, and the losses."""
-        needs = self._stage.needs & _COLUMNS
-        columns = {name: self._column(batch, name, task) for name in needs if name in batch}
-        if "old_logprobs" in needs and "old_logprobs" not in batch:
-            columns["old_logprobs"] = logprobs.detach()
         segments = Segments(ids=task.segments, count=task.samples, reduce=over_context)
-        inputs = LossInputs(logprobs=logprobs, segments=segments, entropy=entropy, **columns)
-        outputs = self._stage.loss(inputs, self._stage.options_for(batch))
-        if outputs.losses.shape != logprobs.shape:
+        outputs = self._loss(batch, task, predicted, segments)
+        if outputs.losses.shape != predicted.own.shape:
             raise RunError(
-                f"the loss gave {tuple(outputs.losses.shape)} values for {len(logprobs)} trained tokens; "
+                f"the loss gave {tuple(outputs.losses.shape)} values for {len(predicted.own)} trained tokens; "
                 "it must give one per token and average nothing."
             )
         weighted = outputs.losses * self._column(batch, "weights", task)
-        observed = {"loss": weighted, **outputs.metrics}
-        if entropy is not None:
-            observed["entropy"] = entropy
-        if first:
-            rollout = self._column(batch, "rollout_logprobs", task)
-            made = self._passes.move(np.flatnonzero(batch["versions"][task.row.rows] >= 0))
-            observed |= mismatch(logprobs.detach()[made], rollout[made])
+        observed = {"loss": weighted, **outputs.metrics, **self._observed(batch, task, predicted, first=first)}
         for name, values in observed.items():
             sums.add(name, values, count=not task.micro.dummy)
         return weighted.sum(), outputs.losses
+
+    def _loss(self, batch: Batch, task: Task, predicted: Predicted, segments: Segments) -> LossOutputs:
+        needs = self._stage.needs & _COLUMNS
+        columns = {name: self._column(batch, name, task) for name in needs if name in batch}
+        if "old_logprobs" in needs and "old_logprobs" not in batch:
+            columns["old_logprobs"] = predicted.own.detach()
+        inputs = LossInputs(
+            logprobs=predicted.own,
+            segments=segments,
+            entropy=predicted.entropy,
+            top_logprobs=predicted.top,
+            **columns,
+        )
+        return self._stage.loss(inputs, self._stage.options_for(batch))
+
+    def _observed(self, batch: Batch, task: Task, predicted: Predicted, *, first: bool) -> Mapping[str, Tensor]:
+        """Metrics that are not the loss's own."""
+        found = {} if predicted.entropy is None else {"entropy": predicted.entropy}
+        if first:
+            rollout = self._column(batch, "rollout_logprobs", task)
+            made = self._passes.move(np.flatnonzero(batch["versions"][task.row.rows] >= 0))
+            found |= mismatch(predicted.own.detach()[made], rollout[made])
+        return found
 
     def _further(self, batch: Batch, task: Task, further: Sequence[Tensor], sums: Sums) -> Tensor:
         """The loss of layers that predict further tokens: each token's cross entropy, weighted as the token is, means
@@ -334,9 +384,11 @@ class MegatronTrainer:
         size = Size(sum(piece.length for piece in found), len(found))
         return planned[parallel_state.get_data_parallel_rank()], size
 
-    def _head(self, batch: Batch, *, entropy: bool) -> Head:
+    def _head(self, batch: Batch, *, training: bool) -> Head | ValueHead:
         """Greedy sampling reports log-probabilities at temperature 1."""
-        return Head(self._model.gpt["vocab_size"], batch.temperature or 1.0, entropy)
+        entropy = training and self._stage.entropy
+        top = training and "teacher_top_tokens" in self._stage.needs
+        return Head(self._model.gpt["vocab_size"], batch.temperature or 1.0, entropy, top)
 
     def _column(self, batch: Batch, name: str, task: Task) -> Tensor:
         return self._passes.move(batch[name][task.row.rows].astype(np.float32))
@@ -360,9 +412,13 @@ class MegatronTrainer:
         written = checkpoint.write(whole, folder / checkpoint.FOLDER, options, self._exporter.table.copies)
         counts = {"optimizer_steps": self._scheduler.num_steps, "steps_taken": checkpoint.steps_taken(rest)}
         checkpoint.write_record(folder, {"stage": self._stage.name, **counts})
-        if self.context.rank == 0:  # so that the folder is a model by itself
-            pretrained.copy_rest(self.context.model, folder)
+        if self.context.rank == 0:
+            self._copy_rest(folder)
         return written
+
+    def _copy_rest(self, folder: Path) -> None:
+        """So that the checkpoint is a model folder by itself."""
+        pretrained.copy_rest(self.context.model, folder)
 
     def restore(self, folder: Path) -> None:
         """The opposite of `save`, under any layout, after `begin`. Raises `UserError` if it does not fit."""
@@ -392,21 +448,6 @@ class MegatronTrainer:
             pretrained.write(folder, self.context.model, self._exporter.layout(), tensors)
 
 
-def _module_tensors(chunks: Sequence[nn.Module]) -> Iterator[Tensor]:
-    for chunk in chunks:
-        yield from (parameter.data for parameter in chunk.parameters())
-        yield from nn.Module.buffers(chunk)
-
-
-def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
-    """Of all the optimizers that it is made of; none before a stage."""
-    for part in getattr(optimizer, "chained_optimizers", [] if optimizer is None else [optimizer]):
-        for group in part.optimizer.param_groups if getattr(part, "optimizer", None) is not None else ():
-            yield from (parameter.data for parameter in group["params"])
-        states = part.optimizer.state.values() if getattr(part, "optimizer", None) is not None else ()
-        yield from (tensor for state in states for tensor in state.values() if isinstance(tensor, Tensor))
-
-
 def _minibatches(batch: Batch) -> list[list[int]]:
     """The samples of each mini-batch; one with all of them before the batch has been divided."""
     if "minibatch" not in batch.samples:
@@ -415,9 +456,9 @@ def _minibatches(batch: Batch) -> list[list[int]]:
     return [np.flatnonzero(numbers == number).tolist() for number in range(int(numbers.max(initial=0)) + 1)]
 
 
-def _first_not_finite(batch: Batch, task: Task, logprobs: Tensor, losses: Tensor) -> str:
+def _first_not_finite(batch: Batch, predicts: str, task: Task, predicted: Tensor, losses: Tensor) -> str:
     """Names the first trained token of a micro-batch at which something is not finite."""
-    bad = torch.nonzero(~(torch.isfinite(logprobs) & torch.isfinite(losses)))
+    bad = torch.nonzero(~(torch.isfinite(predicted) & torch.isfinite(losses)))
     if not len(bad):
         return ""
     place = int(bad[0])
@@ -426,5 +467,5 @@ def _first_not_finite(batch: Batch, task: Task, logprobs: Tensor, losses: Tensor
     token = index - int(batch.cu_seqlens[sample])
     return (
         f"sample {describe(batch, sample)}, token {token} (id {int(task.row.targets[place])}): "
-        f"log-probability {logprobs[place].item():g}, loss {losses[place].item():g}"
+        f"{predicts} {predicted[place].item():g}, loss {losses[place].item():g}"
     )

@@ -195,9 +195,9 @@ class Folder:
             if not any(pattern.fullmatch(name) for pattern in ignored)
         )
         if missing:
-            raise UserError(f"{self._folder} lacks {_some(missing)}, which the model's config.json asks for")
+            raise UserError(f"{self._folder} lacks {some(missing)}, which the model's config.json asks for")
         if extra:
-            raise UserError(f"{self._folder} holds {_some(extra)}, which the model's config.json does not know")
+            raise UserError(f"{self._folder} holds {some(extra)}, which the model's config.json does not know")
         for name, shape in expected.items():
             found = tuple(self._files[self._where[name]].get_slice(name).get_shape())
             if found != shape:
@@ -226,15 +226,18 @@ class Folder:
         return tensor
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first of several tensors, and how many more there are, in words."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"the tensor {names[0]}{more}"
 
 
 def load(chunks: list[nn.Module], table: Table, source: Source) -> None:
-    """Fills this rank's parameters. Raises `UserError`."""
+    """Fills this rank's parameters, but for a critic's head. Raises `UserError`."""
     with torch.no_grad():
         for own in parameters(chunks):
+            if own.new:
+                continue
             name = "embedding.word_embeddings.weight" if own.copied else own.name
             mapped = table.find(name)
             shapes = table.shapes(mapped, own.shape)
@@ -273,7 +276,7 @@ class Exporter:
 
     def __init__(self, chunks: list[nn.Module], table: Table) -> None:
         self.table = table
-        self._own = {own.name: own for own in parameters(chunks) if not own.copied}
+        self._own = {own.name: own for own in parameters(chunks) if not (own.copied or own.new)}
         self._rank = dist.get_rank()
         held = [
             Placed(own.name, own.shape, own.tensor.dtype, self._rank)
