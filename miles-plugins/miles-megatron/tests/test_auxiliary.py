@@ -250,6 +250,20 @@ def test_one_rank_is_the_same_and_its_weights_come_back_bit_for_bit(
     same(run_job(step, **{**where, "address": free_address()}), references["deepseek-v3"], folder)
 
 
+def test_training_goes_on_from_a_checkpoint_bit_for_bit(folders: dict[str, Path], tmp_path: Path) -> None:
+    job = {"model": str(folders["deepseek-v3"]), "options": options_of("deepseek-v3", {})}
+    place = str(tmp_path / "trainer")
+    found = [
+        run_job({**job, **more}, rank=0, world_size=1, address=free_address())
+        for more in ({"seeds": [0, 1]}, {"seeds": [0], "save": place}, {"seeds": [1], "restore": place})
+    ]
+    whole, again = found[0], found[2]
+    told = [{name: value for name, value in each["metrics"][-1].items() if name != "train_seconds"} for each in found]
+    assert told[0] == told[2] != told[1]
+    assert all(np.array_equal(whole["weights"][name], again["weights"][name]) for name in whole["weights"])
+    assert any(".eh_proj." in name for name in whole["weights"])
+
+
 def test_detached_layers_leave_the_model_as_it_would_be_without_them(folders: dict[str, Path]) -> None:
     folder = folders["glm4-moe"]
     found = []
