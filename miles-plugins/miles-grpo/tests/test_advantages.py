@@ -215,7 +215,7 @@ def test_gdpo_normalises_each_reward_by_itself(rows, whiten_over):
     trained = [value for value, row in zip(per_sample, rows, strict=True) for m in row[2] if m]
     expected = whiten(trained, "sample", 1e-8) if whiten_over == "tokens" else trained
     assert not got[~inputs.mask].any()
-    np.testing.assert_allclose(got[inputs.mask], expected, atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(got[inputs.mask], expected, atol=1e-8, rtol=1e-8)
 
 
 def test_a_batch_of_nothing_but_masked_tokens_gives_zeros():
