@@ -1,27 +1,40 @@
-"""How long the weights take from a trainer to an engine `torch`, each on a GPU of its own, over NCCL.
+"""How long the weights take from a trainer to an engine.
 
-Random weights of the shape of Qwen3-0.6B in bfloat16, 1.19 GB. A transfer begins when the trainer starts to export and
-ends when the engine's GPU has copied the last tensor to its place. A bare broadcast of as many bytes by NCCL follows.
+Random weights of the shape of Qwen3-0.6B in bfloat16, 1.19 GB.
 
-    python benchmarks/publish.py [--trainer torch|megatron] [--rounds 20] [--cpu-tiny]
+    python benchmarks/publish.py [--trainer torch|megatron] [--rounds 20] [--verify] [--cpu-tiny]
+    python benchmarks/publish.py --engine sglang [--colocated [--sleep]] [and the same]
+
+With the engine `torch`, each on a GPU of its own, a transfer begins when the trainer starts to export and ends when the
+engine's GPU has copied the last tensor to its place. A bare broadcast of as many bytes by NCCL follows.
+
+With the engine `sglang` it begins when the trainer starts to export, and the server to pause, and ends when the server
+goes on. What one token takes then is said too. Each has a GPU of its own (NCCL), or both share one (`--colocated`,
+CUDA's handles); with `--sleep` there are also the times of taking turns and the memory of the GPU in use at each.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import multiprocessing
+import os
 import socket
 import statistics
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from miles_core.roles import EngineContext, TrainerContext
+from miles_core.sample import Request, Sampling
 
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -38,6 +51,8 @@ SHAPE = {
     "max_position_embeddings": 4096,
 }
 TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+SERVER = {"mem_fraction_static": 0.3, "disable_cuda_graph": True, "disable_prefill_cuda_graph": True}
+"""Of SGLang on a GPU: what starts soonest."""
 
 
 def free_port() -> int:
@@ -47,8 +62,9 @@ def free_port() -> int:
         return port
 
 
-def build_trainer(name: str, folder: Path, gpus: int) -> Any:
+def build_trainer(arguments: argparse.Namespace, folder: Path, gpus: int) -> Any:
     """A started trainer of one rank, in bfloat16 on a GPU."""
+    name = arguments.trainer
     context = TrainerContext(
         model=folder,
         rank=0,
@@ -59,6 +75,8 @@ def build_trainer(name: str, folder: Path, gpus: int) -> Any:
         seed=0,
         reference=False,
         timeout_s=120,
+        verify=arguments.verify,
+        layout="colocated" if arguments.colocated else "disaggregated",
     )
     trainer: Any
     if name == "megatron":
@@ -75,23 +93,36 @@ def build_trainer(name: str, folder: Path, gpus: int) -> Any:
     return trainer
 
 
-def send(name: str, folder: str, gpus: int, rounds: int, pipe: Any) -> None:
-    """The trainer's process."""
-    from miles_torch.sync import TorchSender
+def sender_of(arguments: argparse.Namespace) -> Any:
+    """The class of the trainer's side of the sync."""
+    if arguments.engine == "torch":
+        from miles_torch.sync import TorchSender
 
-    trainer = build_trainer(name, Path(folder), gpus)
-    sender = TorchSender(trainer.context, 1)
+        return TorchSender
+    from miles_sglang import handles, sync
+
+    return handles.Sender if arguments.colocated else sync.Sender
+
+
+def send(arguments: argparse.Namespace, folder: str, gpus: int, pipe: Any) -> None:
+    """The trainer's process: does as it is told, and says when, and how much of the GPU is in use then."""
+    trainer = build_trainer(arguments, Path(folder), gpus)
+    sender = sender_of(arguments)(trainer.context, 1)
     pipe.send((sender.open(), trainer.layout()))
     sender.connect()
-    for _ in range(rounds):
-        pipe.recv()
+    while order := pipe.recv():
         started = time.time()
-        sender.send(trainer.export())
-        pipe.send((started, time.time()))
+        if order == "publish":
+            sender.send(trainer.export())
+        elif order != "look":
+            getattr(trainer, order)()
+        done = time.time()
+        free, total = torch.cuda.mem_get_info() if gpus else (0, 0)
+        pipe.send((started, done, total - free))
     sender.close()
     trainer.stop()
-    if gpus:
-        bare(0, pipe.recv(), torch.device("cuda", 0), rounds)
+    if gpus and arguments.engine == "torch":
+        bare(0, pipe.recv(), torch.device("cuda", 0), arguments.rounds)
 
 
 def bare(rank: int, port: int, device: torch.device, rounds: int) -> list[float]:
@@ -128,21 +159,17 @@ def receive(folder: Path, gpus: int, rounds: int, pipe: Any) -> None:
     receiver.connect()
     seconds = []
     for _ in range(rounds):
-        pipe.send("go")
+        pipe.send("publish")
         receiver.receive(model.load)
         if gpus:
             torch.cuda.synchronize()
         arrived = time.time()
-        started, returned = pipe.recv()
+        started, returned, _ = pipe.recv()
         seconds.append(max(arrived, returned) - started)
+    pipe.send(None)
     model.finish_load()
     receiver.close()
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.module.parameters())
-    kept = seconds[2:]
-    print(
-        f"{size / 1e9:.2f} GB in {len(layout)} buckets: median {statistics.median(kept) * 1e3:.1f} ms, "
-        f"best {min(kept) * 1e3:.1f} ms, worst {max(kept) * 1e3:.1f} ms; the first {seconds[0] * 1e3:.0f} ms"
-    )
+    say(layout, seconds)
     if gpus:
         port = free_port()
         pipe.send(port)
@@ -150,10 +177,129 @@ def receive(folder: Path, gpus: int, rounds: int, pipe: Any) -> None:
         print(f"a plain broadcast of 1.19 GB: median {statistics.median(plain) * 1e3:.2f} ms")
 
 
+def say(layout: Any, seconds: list[float]) -> None:
+    """What the transfers took."""
+    shapes = [(shape, bucket.dtype) for bucket in layout for shape in bucket.shapes]
+    size = sum(int(np.prod(shape)) * getattr(torch, dtype).itemsize for shape, dtype in shapes)
+    kept = seconds[2:]
+    print(
+        f"{size / 1e9:.2f} GB in {len(layout)} buckets: median {statistics.median(kept) * 1e3:.1f} ms, "
+        f"best {min(kept) * 1e3:.1f} ms, worst {max(kept) * 1e3:.1f} ms; the first {seconds[0] * 1e3:.0f} ms"
+    )
+
+
+# ---- The engine `sglang` --------------------------------------------------------------------------------------------
+
+
+async def serve(arguments: argparse.Namespace, folder: Path, gpus: int, pipe: Any, trainer: Any) -> None:
+    """The process of the engine `sglang`, which starts first: prints the result."""
+    from miles_sglang import handles, sync
+    from miles_sglang.engine import SglangEngine
+    from miles_sglang.options import EngineOptions
+
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0" if arguments.colocated else "1"
+    context = EngineContext(
+        model=folder,
+        index=0,
+        gpus=gpus,
+        threads=1,
+        dtype="bfloat16" if gpus else "float32",
+        max_tokens=128,
+        seed=0,
+        folder=folder,
+        verify=arguments.verify,
+        sleeps=arguments.sleep,
+    )
+    engine = SglangEngine(EngineOptions(server={"skip_tokenizer_init": True, **(SERVER if gpus else {})}), context)
+    try:
+        await engine.start()
+        trainer.start()
+        address, layout = await asyncio.to_thread(pipe.recv)
+        receiver = (handles if arguments.colocated else sync).Receiver(context, 1, address, layout)
+        await asyncio.to_thread(receiver.connect)
+        await transfers(engine, receiver, layout, arguments.rounds, pipe)
+        if arguments.sleep:
+            await turns(engine, receiver, pipe)
+        pipe.send(None)
+        await asyncio.to_thread(receiver.close)
+    finally:
+        await engine.stop()
+
+
+async def transfers(engine: Any, receiver: Any, layout: Any, rounds: int, pipe: Any) -> None:
+    """As a run publishes, into a server that has nothing to do."""
+    seconds, tokens = [], []
+    for version in range(rounds):
+        pipe.send("publish")
+        await engine.pause("in-place")
+        await asyncio.to_thread(receiver.receive, engine.load)
+        engine.set_version(version)
+        await engine.resume()
+        on = time.time()
+        started, _, _ = await asyncio.to_thread(pipe.recv)
+        seconds.append(on - started)
+        tokens.append(await timed(lambda: one_token(engine)))
+    say(layout, seconds)
+    print(f"then one token of a prompt of 16: median {statistics.median(tokens[2:]) * 1e3:.1f} ms")
+
+
+async def one_token(engine: Any) -> None:
+    """The shortest that can be asked for."""
+    request = Request(id="", tokens=np.arange(16, dtype=np.int32), sampling=Sampling(max_new_tokens=1), seeds=(0,))
+    async for _ in engine.generate([replace(request, id="one")]):
+        pass
+
+
+async def timed(work: Callable[[], Awaitable[None]]) -> float:
+    """Seconds."""
+    started = time.perf_counter()
+    await work()
+    return time.perf_counter() - started
+
+
+async def turns(engine: Any, receiver: Any, pipe: Any) -> None:
+    """The turns of five steps of a run, the first of which is left out of the medians."""
+
+    async def tell(order: str) -> int:
+        pipe.send(order)
+        used: int = (await asyncio.to_thread(pipe.recv))[2]
+        return used
+
+    async def publish() -> None:
+        pipe.send("publish")
+        await asyncio.to_thread(receiver.receive, engine.load)
+        engine.set_version(100)
+        await asyncio.to_thread(pipe.recv)
+
+    steps: list[tuple[str, Callable[[], Awaitable[Any]]]] = [
+        ("engine sleeps", engine.sleep),
+        ("trainer wakes", lambda: tell("wake")),
+        ("engine's weights wake", lambda: engine.wake("weights")),
+        ("transfer", publish),
+        ("trainer sleeps", lambda: tell("sleep")),
+        ("engine wakes", lambda: engine.wake("all")),
+        ("one token", lambda: one_token(engine)),
+    ]
+    await tell("sleep")
+    seconds: dict[str, list[float]] = {name: [] for name, _ in steps}
+    used: dict[str, int] = {}
+    for _ in range(5):
+        for name, work in steps:
+            seconds[name].append(await timed(work))
+            used[name] = await tell("look")
+    for name, _ in steps:
+        print(f"{name:22} {statistics.median(seconds[name][1:]) * 1e3:7.1f} ms, then {used[name] / 1e9:6.1f} GB in use")
+
+
 def main() -> None:
     """See the head of the module."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--trainer", choices=("torch", "megatron"), default="torch")
+    parser.add_argument("--engine", choices=("torch", "sglang"), default="torch")
+    parser.add_argument("--colocated", action="store_true", help="on one GPU, with the engine sglang")
+    parser.add_argument("--sleep", action="store_true", help="with --colocated: also what taking turns takes")
+    parser.add_argument("--verify", action="store_true", help="compare checksums, which takes time")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--cpu-tiny", action="store_true", help="a tiny model on the CPU: only to see that it runs")
     arguments = parser.parse_args()
@@ -163,13 +309,17 @@ def main() -> None:
         (folder / "config.json").write_text(json.dumps({**SHAPE, **(TINY if arguments.cpu_tiny else {})}))
         processes = multiprocessing.get_context("spawn")
         own, other = processes.Pipe()
-        trainer = processes.Process(target=send, args=(arguments.trainer, name, gpus, arguments.rounds, other))
-        trainer.start()
+        trainer = processes.Process(target=send, args=(arguments, name, gpus, other))
         try:
-            receive(folder, gpus, arguments.rounds, own)
+            if arguments.engine == "sglang":
+                asyncio.run(serve(arguments, folder, gpus, own, trainer))
+            else:
+                trainer.start()
+                receive(folder, gpus, arguments.rounds, own)
             trainer.join(60)
         finally:
-            trainer.kill()
+            if trainer.pid is not None:
+                trainer.kill()
 
 
 if __name__ == "__main__":
