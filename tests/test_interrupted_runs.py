@@ -118,11 +118,12 @@ def test_an_interrupted_run_resumes_bit_for_bit(miles: Miles, whole: Ended, tmp_
     assert f"interrupted; go on with: miles resume {folder}" in ended.out
     assert ended.err.strip() == "Error: interrupted"
 
-    # asked to terminate, as by a batch system
+    # asked to terminate, as by a batch system: all of its process group at once
     process = paused("resume", str(folder), at=5, seconds=1.0)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     ended = miles.end(process)
     assert (ended.code, ended.left_over) == (130, [])
+    assert f"interrupted; go on with: miles resume {folder}" in ended.out
 
     ended = miles.run("resume", str(folder))
     assert (ended.code, ended.err, ended.left_over) == (0, "", [])

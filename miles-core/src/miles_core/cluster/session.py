@@ -14,12 +14,14 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import services
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -71,6 +73,18 @@ def bundles(places: Mapping[str, Place]) -> dict[str, dict[str, float]]:
     return {name: {kind: count for kind, count in needs.items() if count} for name, needs in found.items()}
 
 
+@contextlib.contextmanager
+def _daemons_apart() -> Iterator[None]:
+    """Ray starts each of its daemons in a process group of its own: a signal to ours (`timeout`, batch systems) is for
+    the run, which ends its members before them. They end with this process, however that ends."""
+    popen = services.ConsolePopen
+    services.ConsolePopen = partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
+
+
 class Session:
     """Started by `start`, ended by `stop`; runs in the driver."""
 
@@ -107,9 +121,12 @@ class Session:
         try:
             if self.local:
                 cpus = max(os.cpu_count() or 1, sum(place.cpus for place in self._places.values()))
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
+                with _daemons_apart():
+                    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
             else:
                 ray.init(address=self._address, **common)
+        except SystemExit:  # Ray's answer to SIGTERM meanwhile
+            raise KeyboardInterrupt from None
         except (ConnectionError, ValueError) as error:
             if self.local:
                 raise
