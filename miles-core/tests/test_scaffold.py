@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,75 @@ def test_a_name_that_is_none_or_is_taken_is_refused(name: str, message: str, tmp
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("miles-2x", "advantage", "a plugin's advantage cannot be called '2x': nothing in Python can be called 2x"),
+        ("miles-class", "loss", "a plugin's loss cannot be called 'class': nothing in Python can be called class"),
+        ("none", "reward", "a plugin's reward cannot be called 'none': nothing in Python can be called None"),
+        (
+            "completion",
+            "engine",
+            "a plugin's engine cannot be called 'completion': Completion means something else in its code",
+        ),
+        (
+            "sequence",
+            "reward",
+            "a plugin's reward cannot be called 'sequence': Sequence means something else in its code",
+        ),
+        (
+            "miles-sample",
+            "reward",
+            "a plugin's reward cannot be called 'sample': Sample means something else in its code",
+        ),
+        (
+            "value-error",
+            "loss",
+            "a plugin's loss cannot be called 'value-error': ValueError means something else in its code",
+        ),
+        (
+            "miles-given",
+            "advantage",
+            "a plugin's advantage cannot be called 'given': given means something else in its code",
+        ),
+        (
+            "miles-contract",
+            "recipe",
+            "a plugin's recipe cannot be called 'contract': tests/test_contract.py is for the rules",
+        ),
+        ("train", "command", "the command 'train' is miles-core's own; choose another name"),
+        ("plugins", "command", "the command 'plugins' is miles-core's own; choose another name"),
+        ("jsonl", "data-source", "the data source 'jsonl' is miles-core's own; choose another name"),
+        ("miles-single-turn", "rollout", "the rollout 'single-turn' is miles-core's own; choose another name"),
+    ],
+)
+def test_a_component_that_would_break_its_package_is_refused(
+    name: str, kind: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        new_plugin(name, kind, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_name_of_core_in_another_kind_is_free(tmp_path: Path) -> None:
+    assert new_plugin("jsonl", "filter", tmp_path / "jsonl")
+
+
+def test_a_name_that_no_module_says_need_not_be_one_in_python(tmp_path: Path) -> None:
+    assert new_plugin("miles-2x", "recipe", tmp_path / "2x")
+    assert new_plugin("miles-class", "reward", tmp_path / "class")
+
+
+def test_who_else_has_a_component_of_that_name_is_said(site: Any, tmp_path: Path) -> None:
+    reward = "@hookimpl\ndef miles_rewards():\n    yield RewardSpec(name='best', ref='acme_there:R', summary='s')\n"
+    site.install("acme-there", reward)
+    done = site.run("plugins", "new", "miles-best", "--kind", "reward", "--folder", str(tmp_path / "new"))
+    assert done.returncode == 0
+    assert done.stderr.split("\n\n")[-1].strip() == (
+        "Note: the reward 'best' is also acme-there's. Where both are installed, run files must say miles-best:best."
+    )
+
+
 def test_a_name_whose_module_exists_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "acme_local.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -152,6 +222,11 @@ def test_an_empty_folder_may_be_there_already(tmp_path: Path) -> None:
         (["acme-new", "--kind", "reward", "--folder", "acme-full"], "acme-full is not empty; nothing was written."),
         (["acme-full", "--kind", "reward"], "acme-full is not empty; nothing was written."),
         (["acme-new", "--kind", "reward", "--folder", "acme-full/mine.txt"], "acme-full/mine.txt is a file"),
+        (
+            ["acme-new", "--kind", "reward", "--folder", "acme-full/mine.txt/x"],
+            "acme-full/mine.txt/x cannot be written",
+        ),
+        (["acme-new", "--kind", "reward", "--folder", "/proc/acme-new"], "/proc/acme-new cannot be written"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

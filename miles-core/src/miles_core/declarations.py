@@ -42,6 +42,16 @@ def deprecations(module: ModuleType) -> list[str]:
     return register(_manager(), module)
 
 
+@cache
+def core_names() -> frozenset[tuple[str, str]]:
+    """(kind, name) of all that core itself has, commands among it: what says such a name means core's."""
+    from miles_core import builtin
+    from miles_core.cli.main import COMMANDS
+
+    commands = {(specs.CommandSpec.kind, name) for name in COMMANDS}
+    return frozenset(commands | {(record.kind, record.name) for record in declarations(builtin)})
+
+
 def _manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager("miles")
     manager.add_hookspecs(DeclarationHooks)

@@ -6,6 +6,7 @@ before the first file is written, so nothing is ever overwritten or left half do
 
 from __future__ import annotations
 
+import ast
 import importlib.resources
 import keyword
 import re
@@ -18,8 +19,9 @@ from pathlib import Path, PurePosixPath
 from string import Template
 
 from miles_core import __version__
+from miles_core.declarations import core_names
 from miles_core.errors import UserError, nearest
-from miles_core.plugins import normalised
+from miles_core.plugins import CORE, normalised
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
@@ -128,19 +130,27 @@ def new_plugin(name: str, kind: str, folder: Path) -> list[Path]:
 
     name: of the distribution; the package is the same with underscores, and the component without "miles-". Raises
     `UserError`, before anything is written, for an unknown kind, a name that is no name or is taken, and a folder that
-    is not empty.
+    is not empty; and for a folder that cannot be written.
     """
     if kind not in KINDS:
         raise UserError(f"there is no kind {kind!r}. {nearest(kind, KINDS)}")
     _check_name(name)
-    _check_folder(folder)
     values = _values(name, kind)
-    files = {_target(path, kind, values): Template(text).substitute(values) for path, text in _templates(kind)}
-    files[Path("src", values["package"], "py.typed")] = ""
-    for path, text in sorted(files.items()):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text, encoding="utf-8")
+    _check_component(values["component"], kind)
+    files = _files(kind, values)
+    try:
+        _check_folder(folder)
+        for path, text in sorted(files.items()):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}. Choose another folder with --folder.") from None
     return sorted(files)
+
+
+def component_of(name: str) -> str:
+    """What the component of a plugin is called."""
+    return name.removeprefix("miles-")
 
 
 def _check_name(name: str) -> None:
@@ -162,6 +172,52 @@ def _check_name(name: str) -> None:
         raise UserError(f"there is a module {package} already; choose another name")
 
 
+def _check_component(component: str, kind: str) -> None:
+    """The component gives its name to functions, classes and a test, and stands beside those of core in run files."""
+    noun = kind.replace("-", " ")
+    if (noun, component) in core_names():
+        raise UserError(f"the {noun} {component!r} is {CORE}'s own; choose another name")
+    refused = f"a plugin's {noun} cannot be called {component!r}:"
+    for variable, name in _identifiers(component).items():
+        others = _names_beside(variable, kind)
+        if others and (not name.isidentifier() or keyword.iskeyword(name)):
+            raise UserError(f"{refused} nothing in Python can be called {name}")
+        if name in others:
+            raise UserError(f"{refused} {name} means something else in its code")
+    if component == "contract":
+        raise UserError(f"{refused} tests/test_contract.py is for the rules of Miles")
+
+
+def _identifiers(component: str) -> dict[str, str]:
+    """What a component is called in Python."""
+    words = component.split("-")
+    return {"function": "_".join(words), "Class": "".join(word.capitalize() for word in words)}
+
+
+def _names_beside(variable: str, kind: str) -> set[str]:
+    """All other names in those of a kind's modules that say the one of a variable; none if no module does."""
+    values = _values("acme-stand-in", kind)
+    found: set[str] = set()
+    for path, text in _files(kind, values).items():
+        names = set(_names(ast.parse(text))) if path.suffix == ".py" else set()
+        if values[variable] in names:
+            found |= names - {values[variable]}
+    return found
+
+
+def _names(module: ast.Module) -> Iterator[str]:
+    """Everything that a module gives a name to, or reads by its name."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.alias):
+            yield (node.asname or node.name).partition(".")[0]
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+
+
 def _check_folder(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; nothing was written. Choose another folder with --folder.")
@@ -172,15 +228,14 @@ def _check_folder(folder: Path) -> None:
 def _values(name: str, kind: str) -> dict[str, str]:
     """What a template's variables stand for."""
     chosen = KINDS[kind]
-    component = name.removeprefix("miles-")
+    component = component_of(name)
     release = [int(part) for part in __version__.split(".")[:2]]
     values = {
         "name": name,
         "package": name.replace("-", "_"),
         "component": component,
         "entry": component,
-        "function": component.replace("-", "_"),
-        "Class": "".join(part.capitalize() for part in component.split("-")),
+        **_identifiers(component),
         "kind": kind.replace("-", " "),
         "summary": f"{chosen.summary}.",
         "floor": ".".join(map(str, release)),
@@ -189,6 +244,12 @@ def _values(name: str, kind: str) -> dict[str, str]:
         "test_dependencies": "".join(f', "{requirement}"' for requirement in chosen.test_dependencies),
     }
     return {**values, "usage": Template(chosen.usage).substitute(values)}
+
+
+def _files(kind: str, values: Mapping[str, str]) -> dict[Path, str]:
+    """Path below the plugin's folder -> text."""
+    files = {_target(path, kind, values): Template(text).substitute(values) for path, text in _templates(kind)}
+    return {**files, Path("src", values["package"], "py.typed"): ""}
 
 
 def _templates(kind: str) -> Iterator[tuple[PurePosixPath, str]]:

@@ -170,7 +170,7 @@ def _show_options(record: Spec) -> None:
 
 def _traits(record: Spec) -> Iterator[tuple[str, str]]:
     """Every field that a kind adds to `Spec` and that is not at its default."""
-    common = {field.name for field in dataclasses.fields(Spec)}
+    common = {field.name for field in dataclasses.fields(Spec)} - {"extra", "gpu_extra"}
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
         if field.name not in common and value != _default(field):
@@ -285,11 +285,18 @@ def _summary(record: str, verdicts: Iterable[Verdict]) -> Iterator[_Outcome]:
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to write it; by default a new folder NAME here.")
 def new(name: str, kind: str, folder: Path | None) -> None:
     """Write a new plugin NAME: a complete, small package with one component, its tests and a workflow to publish it."""
-    from miles_core.scaffold import new_plugin
+    from miles_core.scaffold import component_of, new_plugin
 
     target = Path(name) if folder is None else folder
     for file in new_plugin(name, kind, target):
         click.echo(target / file)
+    component = component_of(name)
+    for other in [entry.plugin.name for entry in discover().all(_KINDS[kind]) if entry.spec.name == component]:
+        click.echo(
+            f"\nNote: the {kind} {component!r} is also {other}'s. Where both are installed, run files must say "
+            f"{name}:{component}.",
+            err=True,
+        )
     click.echo(f"\nNext: cd {target} && pip install -e '.[test]' && pytest && miles plugins check {name}")
 
 

@@ -327,12 +327,10 @@ def _defaults(options: type) -> Any:
 
 def names_are_free(plugin: Plugin) -> Iterator[str]:
     """No record takes a name that miles-core has: run files that say it would become ambiguous."""
-    from miles_core.cli.main import COMMANDS
-    from miles_core.declarations import declarations
+    from miles_core.declarations import core_names
 
-    core = {(record.kind, record.name) for record in declarations(importlib.import_module("miles_core.builtin"))}
     for record in plugin.records if plugin.name != CORE else ():
-        if (record.kind, record.name) in core or (isinstance(record, CommandSpec) and record.name in COMMANDS):
+        if (record.kind, record.name) in core_names():
             yield f"{record.kind} {record.name!r} is also miles-core's"
 
 
