@@ -94,6 +94,15 @@ def test_the_finished_policy_generates_in_transformers(miles: Miles, whole: Ende
     assert made.shape[1] > len("7 + 1 =")
 
 
+def test_taking_turns_changes_no_number(miles: Miles, whole: Ended) -> None:
+    """Colocated: engines and trainer sleep in turns, and every engine gets its weights again after each sleep."""
+    ended = miles.run("train", "stages.toml", "name=turns", "placement.layout=colocated", "checkpoint.every=3")
+    assert (ended.code, ended.err, ended.left_over) == (0, "", [])
+    lines = miles.metrics("turns")
+    assert all(line["seconds/turns"] > 0 for line in lines if "loss" in line)
+    assert apart_from_times(lines) == apart_from_times(miles.metrics("whole"))
+
+
 def test_an_interrupted_run_resumes_bit_for_bit(miles: Miles, whole: Ended, tmp_path: Path) -> None:
     folder = miles.folder / "runs/cut"
     seen = len(miles.notes("paused"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 import shutil
 import sys
 import types
@@ -1180,3 +1181,42 @@ def test_plugins_are_disabled_before_they_are_imported(monkeypatch: pytest.Monke
     Path("run.toml").write_text('[plugins]\ndisable = ["a"]\n')
     open_catalog("run.toml", ['plugins.disable=["b"]'], disable=("c",))
     assert seen == [("c", "a", "b")]
+
+
+def test_a_colocated_run_has_a_rank_of_the_trainer_for_each_place_in_an_engine() -> None:
+    sync = WeightSyncSpec(
+        **_said("beside"),
+        trainer="plain",
+        engine="quick",
+        receiver="nowhere:receiver",
+        layouts=frozenset({"colocated"}),
+    )
+    plugins = catalog(_plugin("fake-sync", sync))
+    colocated = ("placement.layout=colocated", "engine.count=2", "engine.gpus=2")
+    found = plan_of(RUN, *colocated, "trainer.gpus=4", plugins=plugins)
+    assert found.sync is not None
+    assert (found.sync.spec.name, found.placement.takes_turns) == ("beside", True)
+    without = plan_of(RUN, plugins=plugins)
+    assert without.sync is not None
+    assert (without.sync.spec.name, without.placement.takes_turns) == ("plain-to-quick", False)
+    for flags, error in (
+        (
+            (*colocated, "trainer.gpus=2"),
+            "the trainer has 2 ranks and engines have 2 x 2 GPUs; set trainer.gpus",
+        ),
+        (
+            (*colocated, "engine.gpus=0"),
+            "the trainer has 1 ranks and there are 2 engines; set engine.count",
+        ),
+        (colocated, "trainer.gpus is 0 and engine.gpus is 2; give both GPUs, or neither"),
+        (
+            (*colocated[:1], "schedule.max_staleness=1"),
+            "schedule.max_staleness is 1, but colocated engines sleep",
+        ),
+    ):
+        with pytest.raises(UserError, match=re.escape(error)):
+            plan_of(RUN, *flags, plugins=plugins)
+    ahead = plan_of(RUN, *colocated[:1], "schedule.max_staleness=1", "placement.sleep=false", plugins=plugins)
+    assert not ahead.placement.takes_turns
+    with pytest.raises(UserError, match="no weight sync goes from trainer 'plain' to engine 'quick' where they"):
+        plan_of(RUN, *colocated[:1])

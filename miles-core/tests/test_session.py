@@ -20,7 +20,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from miles_core.cluster import session as sessions
 from miles_core.cluster.members import _Process
-from miles_core.cluster.session import LOG_TAIL, Member, MemberDiedError, Session, translated
+from miles_core.cluster.session import LOG_TAIL, Member, MemberDiedError, Place, Session, translated
 from miles_core.config.schema import ClusterSection
 from miles_core.errors import RunError, UserError
 
@@ -144,6 +144,16 @@ def test_a_member_that_could_not_be_made_shows_rays_account_of_it() -> None:
     assert not isinstance(error, MemberDiedError)
     assert error.cause is not None
     assert "ImportError: no torch here" in error.cause
+
+
+def test_what_is_beside_each_other_is_reserved_on_one_machine() -> None:
+    places = {
+        "trainer 0": Place(cpus=1, gpus=1, beside="engine 0"),
+        "trainer 1": Place(cpus=1, gpus=1, beside="engine 0"),
+        "engine 0": Place(cpus=2),
+        "collector": Place(cpus=1),
+    }
+    assert sessions.bundles(places) == {"engine 0": {"CPU": 4, "GPU": 2}, "collector": {"CPU": 1}}
 
 
 def test_the_end_asks_members_to_end_and_then_kills_them(monkeypatch: pytest.MonkeyPatch) -> None:
