@@ -88,7 +88,7 @@ class Oracle(nn.Module):
         self.model = by_transformers(folder)
         config, tensors = self.model.config, load_file(folder / "model.safetensors")
         self.first, width = config.num_hidden_layers, config.hidden_size
-        self.further = nn.ModuleList()
+        self.further: Any = nn.ModuleList()
         kind = type(self.model.model.layers[-1])
         for number in range(self.first, self.first + layers):
             norms = {name: nn.RMSNorm(width, eps=config.rms_norm_eps) for name in ("enorm", "hnorm", "norm")}

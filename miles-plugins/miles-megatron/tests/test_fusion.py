@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ def test_only_transformer_engines_modules_add_gradients_as_they_compute_them(imp
     from miles_megatron import model
 
     config = SimpleNamespace(gradient_accumulation_fusion=True, transformer_impl=implementation)
-    fused, plain = nn.Linear(1, 1), nn.Linear(1, 1)
+    fused: Any = nn.Linear(1, 1)
+    plain = nn.Linear(1, 1)
     fused.fuse_wgrad_accumulation = False
     chunk = nn.Sequential(fused, plain)
     with model._fusion(config) as fuse:
