@@ -39,6 +39,18 @@ def test_a_run_trains_publishes_and_leaves_nothing_behind(miles: Miles) -> None:
     assert "max_running_requests=8" in log.read_text()
 
 
+def test_colocated_a_server_sleeps_while_megatron_trains_and_reads_its_weights(miles: Miles) -> None:
+    colocated = ("placement.layout=colocated", "checkpoint.every=1", "publish.verify=checksum")
+    megatron = ("trainer.name=megatron", "trainer.optimizer={lr=3e-3}")
+    turns = miles.run("train", "sglang.toml", "name=turns", "schedule.steps=2", *colocated, *megatron)
+    assert (turns.code, turns.left_over) == (0, []), turns.err
+    lines = miles.metrics("turns")
+    assert [line["seconds/turns"] > 0 for line in lines] == [True, True]
+    assert max(line["mismatch/logprob_abs_max"] for line in lines) < 1e-4
+    (log,) = (miles.folder / "runs" / "turns").rglob("sglang-0.log")
+    assert "update_weights_from_tensor" in log.read_text()
+
+
 def test_an_unknown_option_is_refused_before_anything_starts(miles: Miles) -> None:
     ended = miles.run("train", "sglang.toml", "name=wrong", "engine.server.mem_fraction_statik=0.8")
     assert ended.code == 2
