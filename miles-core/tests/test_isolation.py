@@ -14,6 +14,7 @@ import pytest
 
 from miles_core import plugins
 from miles_core.plugins import discover
+from miles_core.run.plan import load_plan, make_plan, write_run_files
 from miles_core.watchdog import TimeLimitError, time_limit
 
 FILTER = "@hookimpl\ndef miles_filters():\n    yield FilterSpec(name='{name}', ref='{ref}', summary='s')\n"
@@ -207,6 +208,58 @@ def test_a_run_that_needs_a_broken_one_stops_with_its_own_traceback(run_file: st
     assert "raise ImportError('libcudart.so.12 is not here')" in done.stderr
     assert f"unknown filter '{name}'" in done.stderr.replace("\n", " ")
     assert ("acme_exits.py" in done.stderr) == (":" not in name)  # it may be any failed plugin's
+
+
+TAKEN = {
+    "advantages": "AdvantageSpec(name='grpo', groups=True, ref='a:b', summary='s')",
+    "data_sources": "DataSourceSpec(name='reasoning-gym', ref='a:b', summary='s')",
+    "engines": "EngineSpec(name='torch', devices=frozenset({'cpu'}), ref='a:b', summary='s')",
+    "losses": "LossSpec(name='grpo', ref='a:b', summary='s')",
+    "models": "ModelSpec(name='qwen3', architectures=frozenset({'None'}), ref='a:b', summary='s')",
+    "rewards": "RewardSpec(name='reasoning-gym', ref='a:b', summary='s')",
+    "rollouts": "RolloutSpec(name='supervised', ref='a:b', summary='s')",
+    "trackers": "TrackerSpec(name='curves', ref='a:b', summary='s')",
+    "trainers": "TrainerSpec(name='torch', devices=frozenset({'cpu'}), ref='a:b', summary='s')",
+    "weight_syncs": "WeightSyncSpec(name='x', trainer='torch', engine='torch', receiver='a:b', ref='a:b', summary='s')",
+}
+"""Hook -> a record that takes a name, or a pair, that the recipe arithmetic uses."""
+
+
+@pytest.fixture
+def taken(site: Any) -> Any:
+    pytest.importorskip("miles_grpo")
+    pytest.importorskip("miles_torch")
+    body = "".join(f"@hookimpl\ndef miles_{hook}():\n    yield {record}\n" for hook, record in TAKEN.items())
+    site.install("acme-taken", f"from miles_core.specs import *\n{body}")
+    return site
+
+
+def test_a_recipe_means_what_its_own_plugin_and_those_that_it_requires_offer(taken: Any, tmp_path: Any) -> None:
+    plan = make_plan("arithmetic", (f"folder={tmp_path}",), discover())
+    assert (plan.trainer.plugin, plan.sync.plugin) == ("miles-torch", "miles-torch")
+    warm_up, rl = plan.stages
+    assert (warm_up.rollout.plugin, rl.loss.plugin, rl.data.plugin) == ("miles-sft", "miles-grpo", "miles-rewards")
+    write_run_files(plan, tmp_path / "run")
+    assert load_plan(tmp_path / "run", discover()).values == plan.values
+
+
+def test_a_run_that_is_resumed_means_what_it_meant_before_a_name_was_taken(taken: Any, tmp_path: Any) -> None:
+    plan = make_plan("arithmetic", (f"folder={tmp_path}",), discover(disable=["acme-taken"]))
+    assert plan.values["trainer"]["name"] == "torch"
+    write_run_files(plan, tmp_path / "run")
+    assert load_plan(tmp_path / "run", discover()).values == plan.values
+
+
+def test_a_run_file_over_a_recipe_keeps_what_the_recipe_means(taken: Any, tmp_path: Any) -> None:
+    (tmp_path / "run.toml").write_text('recipe = "arithmetic"\n[loss]\nclip_high = 0.3\n')
+    done = taken.run("plan", str(tmp_path / "run.toml"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_name_that_the_user_says_is_not_guessed(taken: Any) -> None:
+    done = taken.run("plan", "arithmetic", "loss.name=grpo")
+    assert done.returncode == 2
+    assert "loss 'grpo' is offered by 2 plugins. Say 'acme-taken:grpo' or 'miles-grpo:grpo'." in done.stderr
 
 
 def test_a_misspelt_name_is_no_reason_to_show_tracebacks(run_file: str, hostile: Any) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from miles_core.config.homes import with_plugins
 from miles_core.config.source import Node, dotted, merge, read_flags, read_toml
 from miles_core.config.upstream import read_upstream, split
 from miles_core.errors import UserError
@@ -118,6 +119,7 @@ def _recipe_layers(entry: Entry[RecipeSpec], catalog: Catalog, seen: tuple[str, 
         raise UserError(f"recipe {name!r} builds on itself: {' -> '.join((*seen, name))}")
     _check_requirements(entry.spec)
     layer = read_toml(recipe_text(entry), lambda line: f"recipe {name}, line {line}")
+    layer = with_plugins(layer, entry, catalog)
     return _with_recipe(layer, catalog, (*seen, name))
 
 

@@ -383,7 +383,10 @@ def _find_sync(plan: schema.Plan, catalog: Catalog) -> schema.Component | None:
         serving = [entry for entry in serving if entry in entries]
         if not serving:
             raise UserError(f"{origin}: weight sync {plan.publish.sync!r} does not go {way}")
-    if len(serving) > 1:  # a package that was installed must not decide
+    sides = {plan.trainer.plugin, plan.engine.plugin}
+    if len(serving) > 1 and len(own := [entry for entry in serving if entry.plugin.name in sides]) == 1:
+        serving = own  # whoever else offers one: what is installed must not change a run
+    if len(serving) > 1:
         names = " or ".join(f'"{entry.plugin.name}:{entry.spec.name}"' for entry in serving)
         raise UserError(
             f"{plan.origins['engine.name']}: {len(serving)} weight syncs go {way}. Say publish.sync = {names}."
@@ -478,6 +481,8 @@ def load_plan(folder: Path, catalog: Catalog | None = None) -> schema.Plan:
         catalog = discover(disable=disabled)
     wanted = tuple(tuple(plugin) for plugin in manifest["plugins"])
     _check_plugins(folder, wanted, catalog)
+    started_with = {name for name, _, _ in wanted}  # names mean what they meant, whatever was installed since
+    catalog = Catalog(tuple(plugin for plugin in catalog.plugins if plugin.name in started_with))
     plan = _Planner(RunSource(doc=doc, name=folder.name), catalog).plan()
     return dataclasses.replace(plan, folder=folder, origins=manifest["origins"])
 
