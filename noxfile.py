@@ -40,6 +40,9 @@ EXTRAS = {"miles-core": "[testing]", "miles-torch": "[gguf]", "miles-trackers": 
 UNDECLARED = ("megatron-core", "psutil")
 SGLANG = ("sglang==0.5.17", "xgrammar==0.2.1", "apache-tvm-ffi==0.1.11", "openai==2.6.1")
 """What is installed without what it declares, which asks for CUDA."""
+GPU_EXTRAS = {"miles-megatron": "[te]", "miles-sglang": "[engine]"}
+"""What the docs tell to install on GPUs."""
+SHOWN = ("megatron-core==", "ray==", "sglang==", "torch==", "transformer-engine==", "transformers==")
 STAND_IN = "./tests/stand_ins/pycosat"
 """Instead of the one dependency that is compiled when it is installed."""
 TOOLS = ("hypothesis", "mkdocs-material", "mypy", "nox", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "uv")
@@ -132,6 +135,18 @@ def sglang(session: nox.Session) -> None:
     # Its contract tests start a server a rule; tests/test_engine.py tries the same rules on one server.
     tests = ("miles-plugins/miles-sglang", "tests/test_sglang_run.py", "--ignore-glob", "*/test_contract.py")
     session.run("python", "-m", "pytest", *tests, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(default=False, venv_backend="none", requires=["workspace"])
+def resolve(session: nox.Session) -> None:
+    """Whether what the docs tell to install on GPUs goes together: for Linux and Python 3.12; nothing is installed."""
+    folder = Path(session.create_tmp()).resolve()
+    wanted, found = folder / "wanted.in", folder / "found.txt"
+    names = {name: f"{name}{GPU_EXTRAS.get(name, '')}" for name in NAMES}
+    wanted.write_text("".join(f"{names[name]} @ {(ROOT / MEMBER[name]).as_uri()}\n" for name in NAMES))
+    platform = ("--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_34")
+    run(session, "uv", "pip", "compile", "-q", "--no-annotate", *platform, "-o", found, wanted)
+    session.log("\n".join(line for line in found.read_text().splitlines() if line.startswith(SHOWN)))
 
 
 @nox.session(venv_backend="none", requires=["workspace"])

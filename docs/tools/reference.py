@@ -488,7 +488,7 @@ def _record(record: Spec) -> str:
 
 def _traits(record: Spec) -> Iterator[tuple[str, str]]:
     """Every field that a kind adds to `Spec` and that is not at its default, as code."""
-    common = {field.name for field in dataclasses.fields(Spec)}
+    common = {field.name for field in dataclasses.fields(Spec)} - {"extra", "gpu_extra"}
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
         if field.name not in common and value != _default_of(field):

@@ -31,7 +31,9 @@ class Spec:
     name: kebab-case, what a run file says; ref: "module:attribute" of the implementation, imported only on use;
     summary: one line for `miles plugins info`; options: "module:Class" of a frozen keyword-only dataclass in a module
     that imports nothing heavy, or None if there is nothing to set. example: "module:function" that gives a
-    `miles_core.testing.Example`, for contract tests of what cannot be tried with default options.
+    `miles_core.testing.Example`, for contract tests of what cannot be tried with default options. extra: the extra of
+    its distribution that it cannot run without, or None; gpu_extra: one that it wants on GPUs. `miles doctor` reads
+    both.
     """
 
     kind: ClassVar[str]
@@ -40,6 +42,8 @@ class Spec:
     summary: str
     options: str | None = None
     example: str | None = None
+    extra: str | None = None
+    gpu_extra: str | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": ("miles_core.cli.plan:plan", "Check a run and show it resolved, without starting anything."),
     "recipes": ("miles_core.cli.recipes:recipes", "List and show ready run files."),
     "models": ("miles_core.cli.models:models", "List model families and describe a model."),
+    "doctor": ("miles_core.cli.doctor:doctor", "Say what is installed, and what a run lacks."),
     "plugins": ("miles_core.cli.plugins:plugins", "List, explain and check plugins."),
 }
 """name -> (the click command, its line in `miles --help`)."""

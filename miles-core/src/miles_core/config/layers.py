@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,14 +26,37 @@ class RunSource:
     amendments: frozenset[str] = frozenset()
 
 
-def read_run(target: str, flags: Sequence[str], catalog: Catalog) -> RunSource:
-    """Reads a run file or a recipe, its recipe, and the flags, those after `--` among them. Raises `UserError`."""
+def check_requirements(spec: RecipeSpec) -> None:
+    """Raises `UserError` for the first of a recipe's requirements that is not installed."""
+    from packaging.requirements import Requirement
+
+    for text in spec.requires:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            raise UserError(
+                f"recipe {spec.name!r} needs {text}, which is not installed; pip install '{text}'"
+            ) from None
+        if not requirement.specifier.contains(found, prereleases=True):
+            raise UserError(f"recipe {spec.name!r} needs {text}, found {found}; pip install '{text}'")
+
+
+def read_run(
+    target: str, flags: Sequence[str], catalog: Catalog, check: Callable[[RecipeSpec], None] = check_requirements
+) -> RunSource:
+    """Reads a run file or a recipe, its recipe, and the flags, those after `--` among them. Raises `UserError`.
+
+    check: sees every recipe before it is read.
+    """
     overrides, upstream = split(flags)
     if _is_file(target):
-        layers, name = _with_recipe(read_run_file(Path(target)), catalog), Path(target).stem
+        layers, name = _with_recipe(read_run_file(Path(target)), catalog, check), Path(target).stem
     else:
         entry = _recipe(target, catalog)
-        layers, name = _recipe_layers(entry, catalog, ()), entry.spec.name
+        layers, name = _recipe_layers(entry, catalog, check, ()), entry.spec.name
     amendments = [*layers[1:], read_flags(overrides)]
     doc = layers[0]
     for layer in amendments:
@@ -98,7 +121,9 @@ def recipe_text(entry: Entry[RecipeSpec]) -> str:
         raise UserError(f"recipe {entry.spec.name!r} of plugin {entry.plugin.name} cannot be read: {error}") from None
 
 
-def _with_recipe(layer: Node, catalog: Catalog, seen: tuple[str, ...] = ()) -> list[Node]:
+def _with_recipe(
+    layer: Node, catalog: Catalog, check: Callable[[RecipeSpec], None], seen: tuple[str, ...] = ()
+) -> list[Node]:
     """A layer and, below it, the recipe that it builds on."""
     base = layer.value.get("recipe")
     if base is None:
@@ -110,34 +135,19 @@ def _with_recipe(layer: Node, catalog: Catalog, seen: tuple[str, ...] = ()) -> l
     except UserError as error:
         raise error.placed(base.origin) from error.__cause__
     rest = Node({key: node for key, node in layer.value.items() if key != "recipe"}, layer.origin)
-    return [*_recipe_layers(entry, catalog, seen), rest]
+    return [*_recipe_layers(entry, catalog, check, seen), rest]
 
 
-def _recipe_layers(entry: Entry[RecipeSpec], catalog: Catalog, seen: tuple[str, ...]) -> list[Node]:
+def _recipe_layers(
+    entry: Entry[RecipeSpec], catalog: Catalog, check: Callable[[RecipeSpec], None], seen: tuple[str, ...]
+) -> list[Node]:
     name = entry.spec.name
     if name in seen:
         raise UserError(f"recipe {name!r} builds on itself: {' -> '.join((*seen, name))}")
-    _check_requirements(entry.spec)
+    check(entry.spec)
     layer = read_toml(recipe_text(entry), lambda line: f"recipe {name}, line {line}")
     layer = with_plugins(layer, entry, catalog)
-    return _with_recipe(layer, catalog, (*seen, name))
-
-
-def _check_requirements(spec: RecipeSpec) -> None:
-    from packaging.requirements import Requirement
-
-    for text in spec.requires:
-        requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate():
-            continue
-        try:
-            found = version(requirement.name)
-        except PackageNotFoundError:
-            raise UserError(
-                f"recipe {spec.name!r} needs {text}, which is not installed; pip install '{text}'"
-            ) from None
-        if not requirement.specifier.contains(found, prereleases=True):
-            raise UserError(f"recipe {spec.name!r} needs {text}, found {found}; pip install '{text}'")
+    return _with_recipe(layer, catalog, check, (*seen, name))
 
 
 def check_effect(source: RunSource, used: Node, stages: Sequence[str]) -> None:

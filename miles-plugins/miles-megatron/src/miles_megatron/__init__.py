@@ -19,6 +19,8 @@ def miles_trainers() -> Iterable[TrainerSpec]:
         critic="miles_megatron.start:make_critic",
         families="listed",
         backend="megatron",
+        extra="core",
+        gpu_extra="te",
         check="miles_megatron.layout:check_run",
         flags="miles_megatron.flags:flags",
         summary="Megatron-core: tensor, pipeline, context, expert and data parallelism, for large models.",

@@ -14,6 +14,7 @@ def miles_engines() -> Iterable[EngineSpec]:
         name="sglang",
         ref="miles_sglang.engine:SglangEngine",
         options="miles_sglang.options:EngineOptions",
+        extra="engine",
         pause_modes=frozenset({"drain", "abort", "retract", "in-place"}),
         summary="SGLang: one server a engine, started and ended with the run.",
     )
