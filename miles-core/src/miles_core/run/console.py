@@ -25,6 +25,7 @@ _PARTS = (
     ("reward", "magenta"),
     ("teacher", "green"),
     ("train", "blue"),
+    ("turns", "red"),
     ("publish", "yellow"),
     ("other", "white"),
 )
