@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_kit import make_model, make_trainer
+from megatron_kit import make_critic, make_model, make_trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -141,6 +143,31 @@ def test_a_damaged_folder_is_refused_and_leaves_nothing(tmp_path: Path, damage: 
     with pytest.raises(UserError, match=error):
         convert.hf_to_dist(folder, tmp_path / "dist")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_is_an_error_for_people_and_leaves_nothing(tmp_path: Path) -> None:
+    from miles_megatron import convert
+
+    folder = make_model(tmp_path / "model")
+    before, heard = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="dist cannot be written: "):
+            convert.hf_to_dist(folder, tmp_path / "dist")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, heard)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_critic_is_refused(tmp_path: Path) -> None:
+    from miles_megatron import convert
+
+    critic = make_critic(make_model(tmp_path / "model"))
+    critic.save(tmp_path / "critic")
+    critic.stop()
+    with pytest.raises(UserError, match="critic holds a critic, which Hugging Face's format has no model for"):
+        convert.dist_to_hf(tmp_path / "critic", tmp_path / "hf")
 
 
 def refusals(tmp_path: Path) -> Iterator[tuple[list[str], str]]:

@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
@@ -76,6 +77,8 @@ def dist_to_hf(source: Path, target: Path) -> None:
         )
     with _whole(target) as made, _one_rank():
         stored = checkpoint.types(folder)
+        if model.VALUE_HEAD in stored:
+            raise UserError(f"{source} holds a critic, which Hugging Face's format has no model for; name the policy's")
         skeleton = _Skeleton(source, checkpoint.copies(folder), _predictions_of(stored))
         for own in skeleton.own:
             own.give_type(stored.get(own.entry.key, torch.float32))
@@ -301,6 +304,11 @@ def _whole(target: Path) -> Iterator[Path]:
         folder.rename(target)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error}") from error
+    except CheckpointException as failed:  # PyTorch's, which is no `Exception`
+        reason = next((error for error, _ in failed.failures.values()), failed)
+        if isinstance(reason, UserError):  # of what is read, while it is written
+            raise reason from None
+        raise UserError(f"{target} cannot be written: {reason}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
