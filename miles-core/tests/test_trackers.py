@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from miles_core.plugins import discover, resolve
 from miles_core.roles import RunInfo
+from miles_core.run.data import Jsonl
 from miles_core.run.trackers import JsonLines, read_metrics
+from miles_core.specs import DataSourceSpec, TrackerSpec
 
 
 def info(folder: Path) -> RunInfo:
@@ -57,3 +60,9 @@ def test_a_resumed_run_goes_on_after_a_torn_line(tmp_path: Path) -> None:
 
 def test_a_folder_without_metrics_has_none(tmp_path: Path) -> None:
     assert list(read_metrics(tmp_path)) == []
+
+
+def test_tracker_and_data_source_of_one_name_are_kept_apart() -> None:
+    catalog = discover(disable=["*"])
+    assert resolve(catalog.get(TrackerSpec, "jsonl").spec.ref) is JsonLines
+    assert resolve(catalog.get(DataSourceSpec, "jsonl").spec.ref) is Jsonl

@@ -56,7 +56,7 @@ def miles_data_sources() -> Iterable[DataSourceSpec]:
 def miles_trackers() -> Iterable[TrackerSpec]:
     """Metrics in the run folder."""
     yield TrackerSpec(
-        name="json-lines",
+        name="jsonl",
         ref="miles_core.run.trackers:JsonLines",
         summary="Metrics as JSON lines in the run folder; every run has them",
     )
