@@ -1211,7 +1211,7 @@ def test_a_colocated_run_has_a_rank_of_the_trainer_for_each_place_in_an_engine()
     for flags, error in (
         (
             (*colocated, "trainer.gpus=2"),
-            "the trainer has 2 ranks and engines have 2 x 2 GPUs; set trainer.gpus",
+            "the trainer has 2 ranks and the engines have 2 x 2 GPUs; set trainer.gpus",
         ),
         (
             (*colocated, "engine.gpus=0"),

@@ -13,6 +13,7 @@ from sglang_kit import MAX_TOKENS, SharedServer, ask, borrower, collect, publish
 
 import miles_sglang
 from miles_core.errors import UserError
+from miles_core.plugins import Plugin
 from miles_core.roles import EngineContext
 from miles_core.specs import EngineSpec
 from miles_core.testing.kits import rules_of
@@ -22,6 +23,7 @@ from miles_sglang.engine import SglangEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 (SPEC,) = miles_sglang.miles_engines()
+PLUGIN = Plugin(name="miles-sglang", version="0", entry="miles_sglang", requires="", status="active", records=(SPEC,))
 
 
 @pytest.mark.parametrize("rule", rules_of(EngineSpec), ids=lambda rule: rule.__name__)
@@ -32,7 +34,7 @@ def test_the_contract_holds(rule: Any, server: SharedServer) -> None:
 
     with TemporaryDirectory() as folder:
         try:
-            assert list(rule(OnServer(None, SPEC, Path(folder)))) == []
+            assert list(rule(OnServer(PLUGIN, SPEC, Path(folder)))) == []
         except SkippedError as reason:
             pytest.skip(str(reason))
 

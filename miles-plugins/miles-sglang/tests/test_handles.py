@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import multiprocessing
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sglang_kit import SharedServer, ask, buckets_of, collect, layout_of, with_engine
+import torch.distributed as dist
+from sglang_kit import SharedServer, ask, buckets_of, collect, context_of, layout_of, with_engine
 
 from miles_core.errors import RunError
 from miles_core.roles import Bucket
-from miles_core.testing.models import make_model, response_logprobs, trainer_context
-from miles_sglang import tagging
+from miles_core.testing.models import make_model, response_logprobs, trainer_context, weights_of
+from miles_sglang import handles, tagging
 from miles_sglang.engine import SglangEngine
 from miles_sglang.handles import Receiver, Sender
 
@@ -120,3 +125,51 @@ def test_what_a_server_has_loaded_otherwise_is_found_out(server: SharedServer, m
             await sending
 
     with_engine(server, use)
+
+
+def send_as(rank: int, folder: str, pipe: Any) -> None:
+    """A rank of a trainer of two, in a process of its own."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    context = replace(trainer_context(Path(), 0), rank=rank, world_size=2, layout="colocated")
+    sender = Sender(context, 1)
+    pipe.send(sender.open() if rank == 0 else "")
+    sender.connect()
+    buckets = buckets_of(make_model())
+    nothing = torch.empty(0)
+    sender.send(iter([replace(one, flat=nothing if rank else one.flat.bfloat16()) for one in buckets]))
+    dist.destroy_process_group()
+
+
+def test_each_rank_hands_the_bytes_of_the_first_to_its_rank_of_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server of two ranks, which here only notes what it is sent."""
+    arrived: list[list[dict[str, torch.Tensor]]] = []
+
+    def ask_stand_in(server: Any, path: str, *, serialized_named_tensors: list[str], **rest: Any) -> str:
+        arrived.append([opened(payload) for payload in serialized_named_tensors])
+        return "Success"
+
+    def opened(payload: str) -> dict[str, torch.Tensor]:
+        found = pickle.loads(base64.b64decode(payload))
+        parts = {one.name: (found["flattened_tensor"][one.start_idx : one.end_idx], one) for one in found["metadata"]}
+        return {name: raw.view(one.dtype).reshape(one.shape).clone() for name, (raw, one) in parts.items()}
+
+    monkeypatch.setattr(handles, "beside", lambda context: SimpleNamespace(name="engine 0", ranks=2))
+    monkeypatch.setattr(handles, "ask", ask_stand_in)
+    processes = multiprocessing.get_context("spawn")
+    pipes = [processes.Pipe() for _ in range(2)]
+    ranks = [processes.Process(target=send_as, args=(rank, str(tmp_path), pipes[rank][1])) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    receiver = Receiver(context_of(tmp_path), 1, pipes[0][0].recv(), layout_of(buckets_of(make_model())))
+    receiver.connect()
+    receiver._verify = False
+    receiver.receive(lambda names, tensors: None)
+    for rank in ranks:
+        rank.join(30)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    expected = {name: tensor.bfloat16() for name, tensor in weights_of(make_model()).items()}
+    for place in range(2):
+        got = {name: tensor for bucket in arrived for name, tensor in bucket[place].items()}
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)

@@ -13,6 +13,7 @@ from sglang_kit import REASON, ask, collect, context_of
 from miles_core.errors import RunError, UserError
 from miles_core.testing.models import make_model, save_model
 from miles_sglang import server as module
+from miles_sglang import surface
 from miles_sglang.engine import SglangEngine
 from miles_sglang.options import EngineOptions
 from miles_sglang.server import Server, arguments
@@ -50,7 +51,7 @@ http.server.ThreadingHTTPServer((fields["host"], fields["port"]), Handler).serve
 def stand_in(monkeypatch: pytest.MonkeyPatch, script: str, version: str = module.TESTED) -> None:
     """Something else in the place of SGLang."""
     monkeypatch.setattr(module, "COMMAND", (sys.executable, "-c", script))
-    monkeypatch.setattr(module.surface, "server_args", lambda: None)
+    monkeypatch.setattr(surface, "server_args", lambda: None)
     monkeypatch.setattr(module, "version", lambda name: version)
 
 

@@ -515,10 +515,8 @@ def _check_placement(plan: Plan) -> None:
     if trainer.world_size != engine.count * max(engine.gpus, 1):
         have, mend = f"there are {engine.count} engines", "engine.count = trainer.ranks"
         if engine.gpus:
-            have, mend = (
-                f"engines have {engine.count} x {engine.gpus} GPUs",
-                "trainer.gpus = engine.count x engine.gpus",
-            )
+            have = f"the engines have {engine.count} x {engine.gpus} GPUs"
+            mend = "trainer.gpus = engine.count x engine.gpus"
         raise UserError(
             f'{where}: placement.layout is "colocated", but the trainer has {trainer.world_size} ranks and {have}; '
             f"set {mend}"

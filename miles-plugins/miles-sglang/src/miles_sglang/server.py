@@ -70,9 +70,7 @@ def _environment(context: EngineContext) -> dict[str, str]:
     }
     if context.verify:
         own[tagging.VERIFY] = "1"
-    if (
-        context.sleeps and context.gpus
-    ):  # what makes memory go and come is loaded before PyTorch, whose library it needs
+    if context.sleeps and context.gpus:  # the memory saver is loaded before PyTorch, and needs a library that it brings
         own["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [*_cuda_folders(), os.environ.get("LD_LIBRARY_PATH")]))
     if not context.gpus:
         own |= cpu.ENVIRONMENT | {"OMP_NUM_THREADS": str(context.threads)}

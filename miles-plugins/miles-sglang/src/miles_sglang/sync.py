@@ -104,7 +104,7 @@ class Receiver:
         self._server: Server = beside(context)
         self._verify, self._transfers = context.verify, 0
         self._store: Any = None
-        self._index, self._engines, self._layout = context.index, engines, tuple(layout)
+        self._place, self._engines, self._layout = context.place, engines, tuple(layout)
         self._address = address
 
     def connect(self) -> None:
@@ -117,7 +117,7 @@ class Receiver:
             "init_weights_update_group",
             master_address=place.hostname,
             master_port=place.port,
-            rank_offset=1 + self._index * self._server.ranks,
+            rank_offset=1 + self._place * self._server.ranks,
             world_size=1 + self._engines * self._server.ranks,
             group_name=GROUP,
             backend=place.scheme,
