@@ -70,6 +70,11 @@ def test_every_reserved_field_exists_in_megatron() -> None:
             {"transformer": {"calculate_per_token_loss": False}},
             "calculate_per_token_loss cannot be set to False: the objective is a sum over tokens",
         ),
+        (
+            {"parallel": {"hierarchical_context_parallel_sizes": [2, 2]}},
+            "hierarchical_context_parallel_sizes cannot be set to .*: Miles divides the ranks by tensor, pipeline",
+        ),
+        ({"checkpoint": {"ckpt_format": "torch"}}, "checkpoint.ckpt_format cannot be set to 'torch': Miles names"),
         ({"checkpoint": {"save_interval": 3}}, "checkpoint.save_interval cannot be set to 3: Miles names, writes and"),
         ({"checkpoint": {"async_sav": True}}, "checkpoint has no option 'async_sav'. Did you mean 'async_save'"),
         ({"ddp": {"average_in_collective": True}}, "average_in_collective cannot be set to True: gradients are summed"),
@@ -170,6 +175,29 @@ LATENT = dataclasses.replace(DENSE, transformer={**DENSE.transformer, "multi_lat
             DENSE, 2,
             {"parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}},
             "a virtual pipeline on two stages trains silently wrong unless overlap_p2p_comm = true",
+        ),
+        (
+            DENSE, 2,
+            {
+                "parallel": {
+                    "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2,
+                    "overlap_p2p_comm": True,
+                }
+            },
+            "overlap_p2p_comm is for virtual pipelines .* and needs batch_p2p_comm = false",
+        ),
+        (
+            DENSE, 2,
+            {"parallel": {"pipeline_model_parallel_size": 2, "overlap_p2p_comm": True, "batch_p2p_comm": False}},
+            "overlap_p2p_comm is for virtual pipelines",
+        ),
+        (
+            DENSE, 1, {"parallel": {"sequence_parallel": True}},
+            "sequence_parallel needs tensor_model_parallel_size above 1",
+        ),
+        (
+            DENSE, 1, {"transformer": {"fp4": "e2m1", "transformer_impl": "local"}},
+            "fp4 needs Transformer Engine, without which Megatron ignores it",
         ),
         (
             DENSE, 1, {"parallel": {"virtual_pipeline_model_parallel_size": 2}},

@@ -171,6 +171,8 @@ def _check_traps(layout: Layout, model: MegatronModel, options: TrainerOptions) 
             f"trainer.parallel.sequence_parallel must be true where a model with {kind} is tensor parallel: "
             "Megatron refuses or miscomputes anything else"
         )
+    if layout.tensor == 1 and options.parallel.get("sequence_parallel"):
+        raise UserError("trainer.parallel.sequence_parallel needs tensor_model_parallel_size above 1; set it to false")
     _check_virtual(layout, options)
     _check_precision(options)
     if experts:
@@ -178,11 +180,17 @@ def _check_traps(layout: Layout, model: MegatronModel, options: TrainerOptions) 
 
 
 def _check_virtual(layout: Layout, options: TrainerOptions) -> None:
+    overlaps = bool(options.parallel.get("overlap_p2p_comm"))
+    if overlaps and (layout.virtual is None or options.parallel.get("batch_p2p_comm", True)):
+        raise UserError(
+            "trainer.parallel.overlap_p2p_comm is for virtual pipelines (virtual_pipeline_model_parallel_size) and "
+            "needs batch_p2p_comm = false"
+        )
     if layout.virtual is None:
         return
     if layout.pipeline < 2:
         raise UserError("trainer.parallel.virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size >= 2")
-    if layout.pipeline == 2 and not options.parallel.get("overlap_p2p_comm"):
+    if layout.pipeline == 2 and not overlaps:
         raise UserError(
             "trainer.parallel: a virtual pipeline on two stages trains silently wrong unless overlap_p2p_comm = true "
             "and batch_p2p_comm = false; set these"

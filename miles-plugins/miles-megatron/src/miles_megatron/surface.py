@@ -34,6 +34,7 @@ _MODEL = "the model's config.json says it"
 _DTYPE = "follows from transformer.bf16"
 SAVING = "Miles names, writes and keeps checkpoints: [checkpoint]"
 _LOOP = "Miles schedules forward and backward passes"
+_GROUPS = "Miles divides the ranks by tensor, pipeline, context, expert and expert-tensor parallelism alone"
 RESERVED: Mapping[str, Mapping[str, str]] = {
     "transformer": {
         "hidden_dropout": "with dropout, log-probabilities of the same weights would differ from pass to pass",
@@ -54,8 +55,22 @@ RESERVED: Mapping[str, Mapping[str, str]] = {
         "variable_seq_lengths": "packed micro-batches differ in length",
         "perform_initialization": "weights come from the model folder, or from the run's seed",
         "timers": "an object, not a value",
+        "defer_embedding_wgrad_compute": "Miles computes the output layer and its gradient itself, in chunks",
         **dict.fromkeys(
             (
+                "expert_gtp_weight_remat_size",
+                "expert_tensor_parallel_num_weight_shards",
+                "gtp_weight_remat_size",
+                "hierarchical_context_parallel_sizes",
+                "hybrid_context_parallel",
+                "pipeline_model_parallel_comm_backend",
+                "tensor_parallel_num_weight_shards",
+            ),
+            _GROUPS,
+        ),
+        **dict.fromkeys(
+            (
+                "overlap_moe_expert_parallel_comm",
                 "finalize_model_grads_func",
                 "grad_scale_func",
                 "moe_grad_scale_func",
@@ -85,6 +100,7 @@ RESERVED: Mapping[str, Mapping[str, str]] = {
     "ddp": {
         "use_megatron_fsdp": "Megatron's FSDP is not supported here",
         "use_custom_fsdp": "Megatron's FSDP is not supported here",
+        "num_distributed_optimizer_instances": _GROUPS,
         "average_in_collective": "gradients are summed, never averaged",
         "check_for_nan_in_grad": "Miles checks each step and names the sample",
     },
@@ -108,6 +124,12 @@ RESERVED_VALUES: Mapping[str, Any] = {
     "init_model_with_meta_device": False,
     "use_megatron_fsdp": False,
     "use_custom_fsdp": False,
+    "defer_embedding_wgrad_compute": False,
+    "expert_gtp_weight_remat_size": 1,
+    "gtp_weight_remat_size": 1,
+    "hybrid_context_parallel": False,
+    "overlap_moe_expert_parallel_comm": False,
+    "num_distributed_optimizer_instances": 1,
 }
 """What Miles sets reserved fields to, where that is a plain value; saying the same is no conflict."""
 
