@@ -143,10 +143,14 @@ def of_another_type(inputs: LossInputs, options: Options) -> Any:
     return -inputs.logprobs
 
 
+def detached(inputs: LossInputs, options: Options) -> LossOutputs:
+    return good_loss(replace(inputs, logprobs=inputs.logprobs.detach()), options)
+
+
 def test_a_right_loss_keeps_every_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     found = verdicts(monkeypatch, LossSpec, good_loss, **GOOD_LOSS)
     assert [verdict.rule for verdict in found if verdict.faults or verdict.skipped] == []
-    assert len(found) == 5
+    assert len(found) == 6
 
 
 @pytest.mark.parametrize(
@@ -159,6 +163,7 @@ def test_a_right_loss_keeps_every_rule(monkeypatch: pytest.MonkeyPatch) -> None:
         (counting_locally, {"does_not_depend_on_packing"}),
         (peeking, {"needs_exactly_what_it_reads"}),
         (deaf, {"needs_exactly_what_it_reads"}),
+        (detached, {"has_a_gradient"}),
         (dice, {"does_not_depend_on_packing", "is_a_pure_function", "needs_exactly_what_it_reads"}),
     ],
 )
@@ -267,6 +272,10 @@ def divided_safely(inputs: AdvantageInputs, options: Any) -> dict[str, Any]:
             {"keeps_the_scale_of_rewards"},
         ),
         (
+            lambda inputs, options: per_token(np.sign(centred(inputs)) * np.abs(centred(inputs)) ** 0.5, inputs),
+            {"keeps_the_scale_of_rewards"},
+        ),
+        (
             lambda inputs, options: per_token(centred(inputs) * np.linspace(1, 2, len(inputs.rewards)), inputs),
             {"ignores_the_order_of_samples"},
         ),
@@ -280,7 +289,7 @@ def test_advantages(monkeypatch: pytest.MonkeyPatch, advantage: Any, rules: set[
     found = broken(monkeypatch, AdvantageSpec, advantage, groups=True)
     if rules == {"needs_exactly_what_it_reads"}:  # every other rule stumbles over the missing column too
         assert found["needs_exactly_what_it_reads"] == (
-            "it reads the column 'values', which its record does not say it needs",
+            "with everything optional off, it reads the column 'values', which its record does not say it needs",
         )
     else:
         assert set(found) == rules
@@ -294,6 +303,33 @@ def test_an_advantage_must_read_what_it_asks_for(monkeypatch: pytest.MonkeyPatch
         needs=frozenset({"values"}),
     )
     assert found == {"needs_exactly_what_it_reads": ("it needs values and does not read it",)}
+
+
+def penalised(column: str) -> Callable[[AdvantageInputs, Options], dict[str, Any]]:
+    """Reads a column if an option is on."""
+
+    def advantage(inputs: AdvantageInputs, options: Options) -> dict[str, Any]:
+        given = per_token(centred(inputs), inputs)
+        if options.kl_coef:
+            given["advantages"] = given["advantages"] + options.kl_coef * inputs.columns[column] * inputs.mask
+        return given
+
+    return advantage
+
+
+@pytest.mark.parametrize(
+    ("advantage", "fault"),
+    [
+        (penalised("ref_logprobs"), None),
+        (lambda inputs, options: per_token(centred(inputs), inputs), "it needs ref_logprobs and does not read it"),
+        (penalised("values"), "it reads the column 'values', which its record does not say it needs"),
+    ],
+)
+def test_an_advantage_reads_with_an_option_what_it_says(
+    monkeypatch: pytest.MonkeyPatch, advantage: Any, fault: str | None
+) -> None:
+    found = broken(monkeypatch, AdvantageSpec, advantage, needs_if={"ref_logprobs": "kl_coef"})
+    assert found == ({} if fault is None else {"needs_exactly_what_it_reads": (f"with kl_coef on, {fault}",)})
 
 
 # ---- Rewards and filters --------------------------------------------------------------------------------------------

@@ -207,7 +207,8 @@ def _recipe_faults(recipe: RecipeSpec) -> Iterator[str]:
 
 
 def options_fit_run_files(plugin: Plugin) -> Iterator[str]:
-    """Options are frozen keyword-only dataclasses of what a run file can say, and their defaults survive one."""
+    """Options are frozen keyword-only dataclasses of what a run file can say, their defaults survive one, and a key
+    that is none of theirs is refused."""
     for record in plugin.records:
         try:
             options = options_of(record)
@@ -222,6 +223,7 @@ def _options_faults(options: type, kind: str) -> Iterator[str]:
     faults = [*_dataclass_faults(options), *_name_faults(options, kind)]
     yield from faults
     if not faults:
+        yield from _unknown_key_faults(options)
         yield from _round_trip_faults(options)
 
 
@@ -259,6 +261,21 @@ def _type_faults(hint: Any) -> Iterator[str]:
         yield from _dataclass_faults(kind)
     elif not (isinstance(kind, type) and issubclass(kind, Mapping) and kind is not dict):
         yield f"a run file cannot give a {getattr(hint, '__name__', hint)}; use tuple[X, ...] or Mapping[str, X]"
+
+
+def _unknown_key_faults(options: type) -> Iterator[str]:
+    from miles_core.config.build import build
+    from miles_core.config.source import read_toml
+
+    try:
+        build(options, read_toml(f"{_UNKNOWN} = 1", lambda line: f"line {line}"), ())
+    except UserError as error:
+        if _UNKNOWN in str(error):
+            return
+    yield f"the key {_UNKNOWN}, which is none of its options, is not refused"
+
+
+_UNKNOWN = "no-such-option"
 
 
 def _round_trip_faults(options: type) -> Iterator[str]:

@@ -15,6 +15,7 @@ from miles_core.run.advantages import apply_advantage
 from miles_core.sample import Batch
 from miles_core.specs import AdvantageSpec
 from miles_core.testing.fakes import make_batch
+from miles_core.testing.kits.tokens import configurations
 from miles_core.testing.subject import Subject, skip
 
 TOLERANCE = 1e-3
@@ -70,31 +71,44 @@ def keeps_the_scale_of_rewards(subject: Subject[AdvantageSpec]) -> Iterator[str]
     one = _advantages(subject, batch)
     two = _advantages(subject, _with_rewards(batch, 2 * batch.samples["reward"]))
     factor = float(one @ two) / max(float(one @ one), 1e-30)
-    if _apart(factor * one, two) > TOLERANCE or not 1 - TOLERANCE < factor < 2 + TOLERANCE:
+    if _apart(factor * one, two) > TOLERANCE or min(abs(factor - 1), abs(factor - 2)) > TOLERANCE:
         yield "twice the rewards give neither the same advantages nor twice as much"
 
 
 def needs_exactly_what_it_reads(subject: Subject[AdvantageSpec]) -> Iterator[str]:
-    """Every column that the record says it needs is read, and there is no other one."""
-    needed = subject.spec.needs
-    batch = _prepared(subject, make_batch())
-    read: set[str] = set()
+    """Every column that the record says it needs is read, and there is no other one, whatever is switched on."""
+    batch, read = _prepared(subject, make_batch()), set[str]()
+    for label, changes, declared in configurations(subject):
+        spy = _Spy({name: batch[name] for name in declared})
+        try:
+            subject.target(replace(_inputs(batch), columns=spy), subject.options(**changes))
+        except KeyError:
+            if spy.read <= declared:
+                raise
+        others = ", ".join(map(repr, sorted(spy.read - declared)))
+        if others:
+            yield f"{label}, it reads the column {others}, which its record does not say it needs"
+            return
+        read |= spy.read  # what is read instead of something else may be said to be needed beside it
+        asked = declared - subject.spec.needs
+        yield from (f"{label}, it needs {name} and does not read it" for name in sorted(asked - spy.read))
+    yield from (f"it needs {name} and does not read it" for name in sorted(subject.spec.needs - read))
 
-    class Spy(dict[str, NDArray[Any]]):
-        def __getitem__(self, name: str) -> NDArray[Any]:
-            read.add(name)
-            return super().__getitem__(name)
 
-        def get(self, name: str, default: Any = None) -> Any:
-            read.add(name)
-            return super().get(name, default)
+class _Spy(dict[str, NDArray[Any]]):
+    """Columns that know which of them were asked for."""
 
-    try:
-        _call(subject, replace(_inputs(batch), columns=Spy({name: batch[name] for name in needed})))
-    except KeyError as error:
-        yield f"it reads the column {error}, which its record does not say it needs"
-        return
-    yield from (f"it needs {name} and does not read it" for name in sorted(needed - read))
+    def __init__(self, columns: Mapping[str, NDArray[Any]]) -> None:
+        super().__init__(columns)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
 
 
 def is_a_pure_function(subject: Subject[AdvantageSpec]) -> Iterator[str]:

@@ -14,9 +14,10 @@ from miles_core.testing.kits.tokens import (
     TOLERANCE,
     Tokens,
     TwoRanks,
+    configurations,
     halves,
     make_tokens,
-    switched,
+    needed,
 )
 from miles_core.testing.subject import Subject, skip
 
@@ -72,6 +73,13 @@ def _value_faults(values: Tensor, count: int) -> Iterator[str]:
         yield f"are not finite: {values[~torch.isfinite(values)][0].item()}"
 
 
+def has_a_gradient(subject: Subject[LossSpec]) -> Iterator[str]:
+    """On ordinary tokens something is learnt: the objective has a gradient that is not 0 everywhere."""
+    _, gradients = _objective(subject, make_tokens(), (range(len(LENGTHS)),))
+    if not any(gradient.any() for gradient in gradients.values()):
+        yield "nothing that the trained model predicts has a gradient: a run would learn nothing"
+
+
 def gives_masked_tokens_no_gradient(subject: Subject[LossSpec]) -> Iterator[str]:
     """Masked tokens, and samples whose weights are 0, have no gradient, whatever the others do."""
     import torch
@@ -119,37 +127,14 @@ def needs_exactly_what_it_reads(subject: Subject[LossSpec]) -> Iterator[str]:
     for column in sorted((spec.needs | frozenset(spec.needs_if)) - known.keys()):
         yield f"it needs {column}, which no such loss can read"
     everything = frozenset(known) | {"entropy"}
-    for label, changes, needed in _configurations(subject):
-        declared, read = _spied(subject, tokens, needed, changes)
-        for column in sorted(needed & everything):
+    for label, changes, declared in configurations(subject):
+        alone, read = _spied(subject, tokens, declared, changes)
+        for column in sorted(declared & everything):
             if known.get(column, column) not in read:
                 yield f"{label}, it needs {column} and does not read it"
         given, _ = _spied(subject, tokens, everything, changes)
-        if not _same(declared, given):
+        if not _same(alone, given):
             yield f"{label}, the result depends on a column that its record does not say it needs"
-
-
-def _configurations(subject: Subject[LossSpec]) -> Iterator[tuple[str, Mapping[str, Any], frozenset[str]]]:
-    """(in words, changes of options, needed columns) with everything optional off, and each thing on by itself."""
-    spec = subject.spec
-    switches = dict.fromkeys((*spec.needs_if.values(), *filter(None, [spec.entropy_if])))
-    off: dict[str, Any] = {}
-    for option in switches:
-        off |= switched(subject, option, on=False) or {}
-    yield "with everything optional off", off, _needed(subject, off)
-    for option in switches:
-        on = switched(subject, option, on=True)
-        if on is not None:
-            yield f"with {option} on", {**off, **on}, _needed(subject, {**off, **on})
-
-
-def _needed(subject: Subject[LossSpec], changes: Mapping[str, Any]) -> frozenset[str]:
-    from operator import attrgetter
-
-    spec, options = subject.spec, subject.options(**changes)
-    asked = {column for column, option in spec.needs_if.items() if attrgetter(option)(options)}
-    entropy = {"entropy"} if spec.entropy_if and attrgetter(spec.entropy_if)(options) else set()
-    return spec.needs | asked | entropy
 
 
 def _spied(
@@ -180,7 +165,7 @@ def _same(left: LossOutputs, right: LossOutputs) -> bool:
 
 def is_a_pure_function(subject: Subject[LossSpec]) -> Iterator[str]:
     """The same inputs give the same losses, and are not changed."""
-    inputs = _inputs(subject, make_tokens(), range(len(LENGTHS)), _needed(subject, {}))
+    inputs = _inputs(subject, make_tokens(), range(len(LENGTHS)), needed(subject, {}))
     given = {field.name: getattr(inputs, field.name) for field in fields(inputs) if field.name != "segments"}
     before = {name: tensor.clone() for name, tensor in given.items() if tensor is not None}
     first, second = (_outputs(subject, inputs) for _ in range(2))
@@ -203,7 +188,7 @@ def _inputs(subject: Subject[LossSpec], tokens: Tokens, samples: Any, columns: f
 
 
 def _call(subject: Subject[LossSpec], tokens: Tokens, samples: Any) -> LossOutputs:
-    return _outputs(subject, _inputs(subject, tokens, samples, _needed(subject, {})))
+    return _outputs(subject, _inputs(subject, tokens, samples, needed(subject, {})))
 
 
 def _outputs(subject: Subject[LossSpec], inputs: Inputs) -> LossOutputs:
@@ -244,7 +229,7 @@ def _objective(subject: Subject[LossSpec], tokens: Tokens, parts: Any) -> Object
 def _on_two_ranks(subject: Subject[LossSpec], tokens: Tokens) -> Objective:
     tokens = _leaves(tokens)
     options, split = subject.options(), halves(tokens)
-    whole = _inputs(subject, tokens, range(len(LENGTHS)), _needed(subject, {}))
+    whole = _inputs(subject, tokens, range(len(LENGTHS)), needed(subject, {}))
     given = {field.name for field in fields(whole) if getattr(whole, field.name) is not None} - {"segments"}
 
     def rank(number: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
@@ -260,6 +245,7 @@ def _on_two_ranks(subject: Subject[LossSpec], tokens: Tokens) -> Objective:
 
 RULES = (
     gives_a_finite_loss_for_each_token,
+    has_a_gradient,
     gives_masked_tokens_no_gradient,
     does_not_depend_on_packing,
     needs_exactly_what_it_reads,

@@ -1,4 +1,5 @@
-"""Trained tokens of a few samples, as tensors: what losses and corrections are tried on.
+"""Trained tokens of a few samples, as tensors: what losses and corrections are tried on; and options that switch on
+what a component reads.
 
 Shapes: N all tokens; T trained tokens of a micro-batch. Everything is float64, so that sums in another order agree.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,6 +122,28 @@ def switched(subject: Subject[Any], option: str, *, on: bool) -> Mapping[str, An
         assert isinstance(change, dict)
         return change
     return None
+
+
+def configurations(subject: Subject[Any]) -> Iterator[tuple[str, Mapping[str, Any], frozenset[str]]]:
+    """(in words, changes of options, needed columns) with everything optional off, and each thing on by itself."""
+    spec = subject.spec
+    switches = dict.fromkeys((*spec.needs_if.values(), *filter(None, [getattr(spec, "entropy_if", None)])))
+    off: dict[str, Any] = {}
+    for option in switches:
+        off |= switched(subject, option, on=False) or {}
+    yield "with everything optional off", off, needed(subject, off)
+    for option in switches:
+        on = switched(subject, option, on=True)
+        if on is not None:
+            yield f"with {option} on", {**off, **on}, needed(subject, {**off, **on})
+
+
+def needed(subject: Subject[Any], changes: Mapping[str, Any]) -> frozenset[str]:
+    """The columns that the record says it needs with its example's options and these changes, entropy among them."""
+    spec, options = subject.spec, subject.options(**changes)
+    asked = {column for column, option in spec.needs_if.items() if attrgetter(option)(options)}
+    entropy = getattr(spec, "entropy_if", None)
+    return frozenset(spec.needs | asked | ({"entropy"} if entropy and attrgetter(entropy)(options) else set()))
 
 
 # ---- Two context-parallel ranks -------------------------------------------------------------------------------------
