@@ -14,7 +14,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -183,6 +183,12 @@ class Case:
     rewards: Tensor
     groups: NDArray[np.int64]
 
+    def full(self) -> Case:
+        """The same with a trained token in each sample."""
+        mask = self.mask.clone()
+        mask[:, 0] = True
+        return replace(self, mask=mask)
+
     @property
     def last(self) -> Tensor:
         """The place of each sample's last trained token, [B]; 0 if it has none."""
@@ -280,9 +286,21 @@ def _masks(generator: torch.Generator, rows: int, columns: int, empty: bool) -> 
 @pytest.fixture(scope="session")
 def make() -> Callable[..., Case]:
     """Builds a batch. spread: how far the policies are apart; empty: one sample has no trained token; whole: groups of
-    four, else ragged ones, among them a group of one, with equal rewards in one."""
+    four, else ragged ones, among them a group of one, with equal rewards in one. extreme: the policies have nothing to
+    do with one another, so ratios are huge and tiny alike, but for a sample on which all agree. clipped: the policy has
+    moved the way of every token's advantage, and further than 0.5.
+    """
 
-    def build(seed: int = 0, *, spread: float = 0.5, empty: bool = True, whole: bool = False, rows: int = 8) -> Case:
+    def build(
+        seed: int = 0,
+        *,
+        spread: float = 0.5,
+        empty: bool = True,
+        whole: bool = False,
+        rows: int = 8,
+        extreme: bool = False,
+        clipped: bool = False,
+    ) -> Case:
         generator = torch.Generator().manual_seed(seed)
         columns = 9
 
@@ -290,21 +308,27 @@ def make() -> Callable[..., Case]:
             return scale * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
 
         def near(base: Tensor, distance: float) -> Tensor:
-            return (base + normal(distance)).clamp(max=-0.01)
+            if not extreme:
+                return (base + normal(distance)).clamp(max=-0.01)
+            alone = -normal(distance).abs() - 0.05
+            alone[1] = base[1]
+            return alone
 
-        old = -normal().abs() - 0.05
+        old = -normal(spread if extreme else 1.0).abs() - 0.05 - 4.0 * clipped
         ragged = torch.tensor([0, 1, 1, 2, 2, 2, 3, 3] * (rows // 8 + 1))[:rows]
         groups = torch.arange(rows) // 4 if whole else ragged
         rewards = torch.randn(rows, generator=generator, dtype=torch.float64)
         rewards[groups == 3] = 0.25
         mask = _masks(generator, rows, columns, empty)
+        advantages = normal() * mask
+        moved = old + advantages.sign() * (0.5 + normal(spread).abs()) if clipped else near(old, spread)
         return Case(
             mask=mask,
-            logprobs=near(old, spread).requires_grad_(),
+            logprobs=moved.clamp(max=-0.01).requires_grad_(),
             old=old,
             rollout=near(old, spread / 2),
             reference=near(old, spread),
-            advantages=normal() * mask,
+            advantages=advantages,
             values=normal().requires_grad_(),
             old_values=normal(),
             returns=normal(),
@@ -316,10 +340,27 @@ def make() -> Callable[..., Case]:
     return build
 
 
-@pytest.fixture(params=[0, 1, 2], ids=lambda seed: f"seed{seed}")
+CASES: dict[str, dict[str, Any]] = {
+    "near": {"seed": 0, "spread": 0.2},
+    "apart": {"seed": 1, "spread": 0.6},
+    "far": {"seed": 2, "spread": 2.0},
+    "clipped": {"seed": 3, "clipped": True},
+    "extreme": {"seed": 4, "spread": 30.0, "extreme": True},
+}
+"""The batches that everything is compared on. In `extreme` every bound on a log-ratio is passed."""
+
+
+@pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest, make: Callable[..., Case]) -> Case:
-    """Three batches; the last with policies that are far apart."""
-    return make(request.param, spread=(0.2, 0.6, 2.0)[request.param])
+    return make(**CASES[request.param])
+
+
+@pytest.fixture(params=CASES)
+def unbounded(request: pytest.FixtureRequest, make: Callable[..., Case]) -> Case:
+    """For those who do not bound log-ratios: all are within our bound of 20."""
+    case = make(**{**CASES[request.param], **({"spread": 7.0} if request.param == "extreme" else {})})
+    assert all((other - case.old).abs().max() < 20 for other in (case.logprobs, case.rollout, case.reference))
+    return case
 
 
 @pytest.fixture

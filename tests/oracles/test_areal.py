@@ -26,6 +26,12 @@ from miles_rewards.length import LengthPenalty
 from miles_rewards.options import LengthPenalty as LengthPenaltyOptions
 
 
+@pytest.fixture
+def case(unbounded):
+    """AReaL does not bound log-ratios."""
+    return unbounded
+
+
 def sampling(level, action, metric, agg="mean", *, low=None, high):
     """Its RejectionSamplingConfig."""
     return SimpleNamespace(level=level, action=action, metric=metric, agg=agg, upper=high, lower=low)
