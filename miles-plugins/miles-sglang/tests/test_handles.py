@@ -137,6 +137,7 @@ def send_as(rank: int, folder: str, pipe: Any) -> None:
     buckets = buckets_of(make_model())
     nothing = torch.empty(0)
     sender.send(iter([replace(one, flat=nothing if rank else one.flat.bfloat16()) for one in buckets]))
+    dist.barrier()  # the store ends with rank 0
     dist.destroy_process_group()
 
 

@@ -19,7 +19,9 @@ import functools
 import math
 import os
 import pickle
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -218,26 +220,39 @@ class Receiver:
         self._store.set(f"engine {self._index}", "")
 
     def receive(self, load: Callable[[Sequence[str], Sequence[Tensor]], None]) -> None:
-        """Has the server load all buckets of one transfer."""
+        """Has the server load all buckets of one transfer. It hears of one more while it loads one."""
         self._transfers += 1
-        for number, bucket in enumerate(self._layout):
-            keys = [f"{self._transfers}/{number}/{rank}" for rank in self._ranks]
-            said = [self._store.get(f"handle {key}").decode().split() for key in keys]
-            answer = ask(
-                self._server,
-                "update_weights_from_tensor",
-                serialized_named_tensors=[payload for _, payload in said],
-                load_format="flattened_bucket",
-                flush_cache=False,  # each version has its own part of the cache, see `tagging`
+        asked: deque[tuple[int, str, Future[str]]] = deque()
+        with ThreadPoolExecutor(2) as pool:
+            for number in range(len(self._layout)):
+                said = [self._store.get(f"handle {key}").decode().split() for key in self._keys(number)]
+                asked.append((number, said[0][0], pool.submit(self._load, [payload for _, payload in said])))
+                if number:
+                    self._loaded(*asked.popleft())
+            self._loaded(*asked.popleft())
+
+    def _keys(self, number: int) -> list[str]:
+        return [f"{self._transfers}/{number}/{rank}" for rank in self._ranks]
+
+    def _load(self, payloads: Sequence[str]) -> str:
+        return ask(
+            self._server,
+            "update_weights_from_tensor",
+            serialized_named_tensors=payloads,
+            load_format="flattened_bucket",
+            flush_cache=False,  # each version has its own part of the cache, see `tagging`
+        )
+
+    def _loaded(self, number: int, checksum: str, answer: Future[str]) -> None:
+        """Tells the trainer that a bucket is loaded, when it is."""
+        if not answer.result().endswith(f"={checksum}") and self._verify:
+            raise RunError(
+                f"weight sync: what {self._server.name} has loaded of {self._layout[number].names[0]} … is not what "
+                f"the trainer has sent (log: {self._server.log})"
             )
-            if self._verify and not answer.endswith(f"={said[0][0]}"):
-                raise RunError(
-                    f"weight sync: what {self._server.name} has loaded of {bucket.names[0]} … is not what the trainer "
-                    f"has sent (log: {self._server.log})"
-                )
-            for key in keys:
-                self._store.delete_key(f"handle {key}")
-                self._store.set(f"loaded {key}", "")
+        for key in self._keys(number):
+            self._store.delete_key(f"handle {key}")
+            self._store.set(f"loaded {key}", "")
 
     def close(self) -> None:
         """Leaves the meeting."""
