@@ -23,7 +23,7 @@ def miles(tmp_path: Path) -> Miles:
     return Miles(tmp_path)
 
 
-def test_a_full_disk_and_a_dead_engine_cost_an_asynchronous_run_nothing_but_time(miles: Miles) -> None:
+def test_a_full_disk_and_dead_engines_cost_an_asynchronous_run_nothing_but_time(miles: Miles) -> None:
     path = miles.folder / "fast.toml"
     path.write_text(
         RUN.replace("steps = 4", "steps = 8\nmax_staleness = 2").replace('"torch"', '"torch"\ncount = 2', 1)
@@ -38,13 +38,16 @@ def test_a_full_disk_and_a_dead_engine_cost_an_asynchronous_run_nothing_but_time
     assert "Traceback" not in ended.err
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
 
-    process = miles.start("resume", str(folder), probe={"pause": [6, 3.0]})
-    miles.wait_for_note("paused", process, step=6)
-    engine = [note["pid"] for note in miles.notes("members") if note["role"] == "engine 1"][-1]
-    (folder / "logs/engine-1.log").open("a").write("the last words of engine 1\n")
-    os.kill(engine, signal.SIGKILL)
+    process = miles.start("resume", str(folder), probe={"pause": [4, 3.0], "pause_step": [7, 3.0]})
+    for step, number in ((4, 0), (7, 1)):
+        miles.wait_for_note("paused", process, step=step)
+        engine = [note["pid"] for note in miles.notes("members") if note["role"] == f"engine {number}"][-1]
+        (folder / f"logs/engine-{number}.log").open("a").write(f"the last words of engine {number}\n")
+        os.kill(engine, signal.SIGKILL)
     ended = miles.end(process)
     assert (ended.code, ended.left_over) == (1, [])
+    assert "engine 0 died in " in ended.out  # while there is another, the run goes on with it
+    assert "    the last words of engine 0\ngoing on with 1 of 2 engines\n" in ended.out
     assert "Error: engine 1 died in " in ended.err
     assert f"the last lines of its log, {folder}/logs/engine-1.log:\n" in ended.err
     assert ended.err.endswith("    the last words of engine 1\n")

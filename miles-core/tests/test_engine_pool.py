@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles_core.cluster import engine_pool
+from miles_core.cluster.affinity import BLOCK, Affinity
 from miles_core.cluster.engine_pool import EnginePool
-from miles_core.errors import RunError
+from miles_core.errors import RunError, UserError
 from miles_core.sample import Completion, Request, Sampling, Status
 
 PROMPT = np.array([1, 2, 3], np.int32)
@@ -187,25 +188,133 @@ def test_nobody_polls_an_engine_that_has_nothing_to_do() -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("at", ["submit", "take"])
-def test_an_engine_that_dies_is_heard_by_all_who_wait_for_it_and_by_nobody_else(at: str) -> None:
+@pytest.mark.parametrize("at", ["submit", "take", "serve"])
+def test_what_a_failed_engine_owes_is_asked_of_another_and_nothing_more_of_it(at: str) -> None:
     async def run() -> None:
         sick, healthy = Engine(), Engine()
         pool = pool_of(sick, healthy)
+        gone = RunError("engine 0 is gone")
         if at == "submit":
-            sick.broken = RunError("engine 0 is gone")
+            sick.broken = gone
         tasks = [ask(pool, 1, 2), ask(pool, 3), ask(pool, 4), ask(pool, 5)]
         await settle()
-        sick.broken = RunError("engine 0 is gone")
+        if at == "serve":
+            sick.results.append((sick.requests[0].id, gone))
+        else:
+            sick.broken = gone
         sick.wake()
+        await settle()
         for request in healthy.requests:
             healthy.finish(request)
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        failed = [str(result) for result in results if isinstance(result, RunError)]
-        assert failed == ["engine 0 is gone"] * 2
-        assert sum(not isinstance(result, BaseException) for result in results) == 2
+        assert [seeds_of(completions) for completions in await asyncio.gather(*tasks)] == [[1, 2], [3], [4], [5]]
+        assert sorted(request.seeds for request in healthy.requests) == [(1, 2), (3,), (4,), (5,)]
+        assert pool.go_without({}) == {"engine 0": gone}
+        assert pool.go_without({}) == {}  # told once
+        later = [ask(pool, seed) for seed in (6, 7)]
+        await settle()
+        for request in healthy.requests[-2:]:
+            healthy.finish(request)
+        assert [seeds_of(await task) for task in later] == [[6], [7]]
 
     asyncio.run(run())
+
+
+def test_an_engine_that_is_found_dead_is_left_and_the_last_one_is_heard_by_all_who_wait() -> None:
+    async def run() -> None:
+        engines = Engine(), Engine()
+        pool = pool_of(*engines)
+        task = ask(pool, 1)
+        await settle()
+        dead = RunError("engine 0 died")
+        assert pool.go_without({"engine 0": dead}) == {"engine 0": dead}
+        await settle()
+        assert [request.seeds for request in engines[1].requests] == [(1,)]
+        engines[1].broken = RunError("engine 1 is gone")
+        engines[1].wake()
+        with pytest.raises(RunError, match="engine 1 is gone"):
+            await task
+
+    asyncio.run(run())
+
+
+def test_a_request_that_kills_an_engine_does_not_kill_them_all() -> None:
+    async def run() -> None:
+        engines = Engine(), Engine(), Engine()
+        pool = pool_of(*engines)
+        task = ask(pool, 1)
+        await settle()
+        engines[0].results.append((engines[0].requests[0].id, RunError("first")))
+        engines[0].wake()
+        await settle()
+        engines[1].results.append((engines[1].requests[0].id, RunError("second")))
+        engines[1].wake()
+        with pytest.raises(RunError, match="second"):
+            await task
+        assert list(pool.go_without({})) == ["engine 0"]
+        assert engines[2].requests == []
+
+    asyncio.run(run())
+
+
+def test_bad_input_is_told_at_once_and_costs_no_engine() -> None:
+    async def run() -> None:
+        engines = Engine(), Engine()
+        pool = pool_of(*engines)
+        task = ask(pool, 1)
+        await settle()
+        engines[0].results.append((engines[0].requests[0].id, UserError("too long")))
+        engines[0].wake()
+        with pytest.raises(UserError, match="too long"):
+            await task
+        assert pool.go_without({}) == {}
+
+    asyncio.run(run())
+
+
+def test_a_prompt_that_continues_another_goes_where_that_went_until_there_is_too_much_to_do() -> None:
+    def long(*parts: int) -> np.ndarray:
+        return np.repeat(np.array(parts, np.int32), 100)
+
+    async def run() -> None:
+        engines = Engine(), Engine()
+        pool = pool_of(*engines)
+
+        async def sent(tokens: np.ndarray, count: int = 1) -> int:
+            before = [len(engine.requests) for engine in engines]
+            task = asyncio.create_task(pool.generate(tokens, range(count), Sampling()))
+            tasks.append(task)
+            await settle()
+            (place,) = [at for at, engine in enumerate(engines) if len(engine.requests) > before[at]]
+            return place
+
+        tasks: list[asyncio.Task[list[Completion]]] = []
+        assert await sent(long(1, 2), 8) == 0
+        assert await sent(long(1, 3), 4) == 1  # a common first half alone draws nothing
+        assert await sent(long(1, 2)) == 0  # another sample of the prompt, though engine 1 has less to do
+        assert await sent(long(1, 2, 9)) == 0  # the next turn
+        assert await sent(long(1, 3, 9)) == 1
+        assert await sent(long(7)) == 1
+        assert await sent(long(1, 2, 9, 9), 70) == 0
+        assert await sent(long(1, 2, 9, 9, 9)) == 1  # engine 0 owes 80, engine 1 6
+        assert await sent(long(1, 2, 9, 9, 9, 9)) == 1  # whose cache has the most of it now
+        for engine in engines:
+            for request in engine.requests:
+                engine.finish(request)
+        await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+
+
+@given(st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=3 * BLOCK), max_size=12), st.integers(0, 10**6))
+def test_the_longest_earlier_prompt_is_found(prompts: list[list[int]], choice: int) -> None:
+    prompts = [prompt * (1 + choice % 3) for prompt in prompts]
+    affinity = Affinity()
+    for place, prompt in enumerate(prompts):
+        affinity.note(np.array(prompt, np.int32), place)
+    asked = (prompts[choice % len(prompts)] if prompts else []) + [choice] * (choice % 40)
+    heads = [prompt[: len(prompt) // BLOCK * BLOCK] for prompt in prompts]
+    fitting = [(len(head), place) for place, head in enumerate(heads) if head and asked[: len(head)] == head]
+    assert affinity.engine_of(np.array(asked, np.int32)) == (max(fitting)[1] if fitting else None)
 
 
 def test_a_request_that_an_engine_could_not_serve_fails_alone() -> None:

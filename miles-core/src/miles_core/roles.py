@@ -274,9 +274,10 @@ class EngineContext:
     """What an engine is built with. model: a Hugging Face folder (config and tokenizer; weights are published).
 
     frozen: its weights are those in the folder, and nobody will publish any: it is ready after `start`.
-    index: which of the run's engines it is; max_tokens: longest prompt plus response; threads: CPU threads it may use;
-    hooks: calls `RolloutHooks` of the run's callbacks. verify: weights are compared with what the trainer has sent.
-    sleeps: `sleep` will be called, so what it holds on GPUs must be able to go and come back.
+    index: which of the run's engines it is; gone: those that have failed and will not come back. max_tokens: longest
+    prompt plus response; threads: CPU threads it may use; hooks: calls `RolloutHooks` of the run's callbacks. verify:
+    weights are compared with what the trainer has sent. sleeps: `sleep` will be called, so what it holds on GPUs must
+    be able to go and come back.
     """
 
     model: Path
@@ -291,6 +292,12 @@ class EngineContext:
     frozen: bool = False
     verify: bool = False
     sleeps: bool = False
+    gone: frozenset[int] = frozenset()
+
+    @property
+    def place(self) -> int:
+        """Which of the engines that are left it is: what counts for a weight sync."""
+        return self.index - sum(other < self.index for other in self.gone)
 
 
 class Engine(Protocol):

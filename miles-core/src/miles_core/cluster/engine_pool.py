@@ -3,40 +3,62 @@
 Calls made in the same turn of the event loop leave together, one message an engine, and so enter each engine together.
 Results come back by one long poll an engine, many in one answer. What an engine aborted for a publish is asked again.
 Who stops waiting is heard of by the engine, which aborts what nobody wants any more.
+
+A prompt goes to the engine that has its beginning in its cache (`miles_core.cluster.affinity`), unless that one has
+much more to do than another, and else to the engine with the least to do. All samples of one call stay together.
+
+An engine that fails is taken out, and what it owes is asked of the others, once: what fails a second time is told to
+who waits for it. The last engine is not taken out. What is wrong with a request (`UserError`) is told at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from miles_core.cluster.affinity import Affinity
 from miles_core.cluster.session import Member, translated
 from miles_core.errors import RunError
 from miles_core.sample import Completion, IntArray, Request, Sampling
 
+_log = logging.getLogger(__name__)
+
+BUSIER, BUSIER_BY = 1.5, 64
+"""An engine has much more to do than another if it owes more completions by this factor, and by this number."""
 POLL_S = 5.0
 """How long a poll waits in the engine; so much later than its deadline a silent engine may be noticed."""
 
 
 @dataclass
+class _Call:
+    """What somebody waits for. moved: an engine that had it has failed."""
+
+    request: Request
+    future: asyncio.Future[list[Completion]]
+    moved: bool = False
+
+
+@dataclass
 class _Engine:
-    """One engine and what it works on."""
+    """One engine and what it works on. lost: why it was taken out, None while it is not."""
 
     member: Member
-    waiting: dict[str, tuple[int, asyncio.Future[list[Completion]]]] = field(default_factory=dict)
+    waiting: dict[str, _Call] = field(default_factory=dict)
     busy_seconds: float = 0.0
     heard: float = 0.0
     poll: asyncio.Task[None] | None = None
+    lost: BaseException | None = None
 
     @property
     def load(self) -> int:
         """Completions that it owes."""
-        return sum(count for count, _ in self.waiting.values())
+        return sum(call.request.n for call in self.waiting.values())
 
 
 class EnginePool:
@@ -47,7 +69,9 @@ class EnginePool:
         self._engines = [_Engine(Member(*engine)) for engine in engines]
         self._deadline_s = deadline_s
         self._ids = itertools.count()
-        self._queue: list[tuple[Request, asyncio.Future[list[Completion]]]] = []
+        self._affinity = Affinity()
+        self._queue: list[_Call] = []
+        self._told: set[str] = set()
         self._left: set[asyncio.Future[list[Completion]]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.aborted = 0
@@ -56,6 +80,17 @@ class EnginePool:
     def busy_seconds(self) -> list[float]:
         """Seconds that each engine has computed."""
         return [engine.busy_seconds for engine in self._engines]
+
+    def go_without(self, dead: Mapping[str, BaseException]) -> dict[str, BaseException]:
+        """Takes out engines that have been found dead. All that were taken out since the last call, by name, and
+        why."""
+        for engine in self._engines:
+            if engine.lost is None and (reason := dead.get(engine.member.name)) is not None:
+                self._fail(engine, reason)
+        found = {engine.member.name: engine.lost for engine in self._engines if engine.lost is not None}
+        new = {name: reason for name, reason in found.items() if name not in self._told}
+        self._told |= new.keys()
+        return dict(dead) | new
 
     async def generate(self, tokens: IntArray, seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
         """One completion per seed, in their order; asked again for as long as a publish aborts them."""
@@ -68,9 +103,7 @@ class EnginePool:
     async def _once(self, request: Request) -> list[Completion]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[Completion]] = loop.create_future()
-        if not self._queue:
-            loop.call_soon(self._flush)
-        self._queue.append((request, future))
+        self._enqueue(_Call(request, future))
         try:
             return await future
         except asyncio.CancelledError:
@@ -79,10 +112,15 @@ class EnginePool:
             self._left.add(future)
             raise
 
+    def _enqueue(self, call: _Call) -> None:
+        if not self._queue:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._queue.append(call)
+
     def _flush_left(self) -> None:
         """Tells the engines whom nobody waits for any more."""
         for engine in self._engines:
-            names = [name for name, (_, future) in engine.waiting.items() if future in self._left]
+            names = [name for name, call in engine.waiting.items() if call.future in self._left]
             if names:
                 self._spawn(self._abort(engine, names))
         self._left.clear()
@@ -94,25 +132,32 @@ class EnginePool:
             self._fail(engine, translated(error, engine.member, "abort"))
 
     def _flush(self) -> None:
-        """Sends what was asked for in this turn, each request to the engine with the least to do."""
+        """Sends what was asked for in this turn."""
         shares: dict[int, list[Request]] = {}
-        for request, future in self._queue:
-            if future.cancelled():
+        queue, self._queue = self._queue, []
+        for call in queue:
+            if call.future.done():
                 continue
-            index = min(range(len(self._engines)), key=lambda place: self._engines[place].load)
-            engine = self._engines[index]
-            named = Request(
-                id=str(next(self._ids)), tokens=request.tokens, sampling=request.sampling, seeds=request.seeds
-            )
-            engine.waiting[named.id] = (named.n, future)
-            shares.setdefault(index, []).append(named)
-        self._queue.clear()
+            index = self._choose(call.request)
+            name = str(next(self._ids))
+            self._engines[index].waiting[name] = call
+            shares.setdefault(index, []).append(replace(call.request, id=name))
         for index, requests in shares.items():
             engine = self._engines[index]
             self._spawn(self._submit(engine, requests))
             if engine.poll is None:
                 engine.heard = time.monotonic()
                 engine.poll = self._spawn(self._collect(engine))
+
+    def _choose(self, request: Request) -> int:
+        """The engine that the request goes to, by number."""
+        loads = {place: engine.load for place, engine in enumerate(self._engines) if engine.lost is None}
+        least = min(loads, key=loads.__getitem__)
+        known = self._affinity.engine_of(request.tokens)
+        if known is None or (loads[known] > BUSIER * loads[least] and loads[known] > loads[least] + BUSIER_BY):
+            known = least
+        self._affinity.note(request.tokens, known)
+        return known
 
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work)
@@ -141,13 +186,18 @@ class EnginePool:
             engine.poll = None
 
     def _deliver(self, engine: _Engine, name: str, result: list[Completion] | BaseException) -> None:
-        _, future = engine.waiting.pop(name, (0, None))
-        if future is None or future.done():  # whoever waited has heard of a failure, or has gone
+        call = engine.waiting.get(name)
+        if call is None:  # it was moved, or its engine was taken out
             return
-        if isinstance(result, BaseException):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
+        if isinstance(result, RunError) and not call.moved and self._others(engine):
+            self._fail(engine, result)
+            return
+        del engine.waiting[name]
+        _tell(call, result)
+
+    def _others(self, engine: _Engine) -> bool:
+        """Whether there is another engine that could do its work."""
+        return any(other.lost is None for other in self._engines if other is not engine)
 
     def _check_silence(self, engine: _Engine, heard: bool) -> None:
         now = time.monotonic()
@@ -160,6 +210,26 @@ class EnginePool:
             )
 
     def _fail(self, engine: _Engine, error: BaseException) -> None:
-        """Everyone who waits for this engine hears why."""
-        for name in list(engine.waiting):
-            self._deliver(engine, name, error)
+        """The engine is taken out and the others get its work; if it is the last one, everyone who waits hears why."""
+        calls = list(engine.waiting.values())
+        engine.waiting.clear()
+        last = not self._others(engine)
+        if not last and engine.lost is None:
+            engine.lost = error
+            self._affinity.forget(self._engines.index(engine))
+            _log.warning("%s is taken out, with %d requests waiting: %s", engine.member.name, len(calls), error)
+        for call in calls:
+            if last or call.moved:
+                _tell(call, error)
+            elif not call.future.done():
+                call.moved = True
+                self._enqueue(call)
+
+
+def _tell(call: _Call, result: list[Completion] | BaseException) -> None:
+    if call.future.done():  # whoever waited has gone
+        return
+    if isinstance(result, BaseException):
+        call.future.set_exception(result)
+    else:
+        call.future.set_result(result)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import faulthandler
 import functools
 import inspect
@@ -185,7 +186,9 @@ class TrainerMember(_Process):
         self.parts["critic"].load_pretrained(folder)
 
     def open_sync(self, engines: int) -> tuple[str, Sequence[BucketLayout]]:
-        """Builds the sender. The meeting point (of rank 0) and what will be sent."""
+        """Builds the sender, anew if an engine is gone. The meeting point (of rank 0) and what will be sent."""
+        if self.sender is not None:
+            self.sender.close()
         self.sender = resolve(_sync_spec(self.plan).ref)(self.contexts["policy"], engines)
         return self.sender.open() if self.rank == 0 else "", self.parts["policy"].layout()
 
@@ -316,9 +319,17 @@ class EngineMember(_Process):
         self.engine = self._build(plan.engine.options, self.context)
         await self.engine.start()
 
-    async def connect_sync(self, address: str, engines: int, layout: Sequence[BucketLayout]) -> None:
-        """Meets the trainer."""
-        self.receiver = resolve(_sync_spec(self.plan).receiver)(self.context, engines, address, layout)
+    async def ping(self) -> None:
+        """Answers."""
+
+    async def connect_sync(
+        self, address: str, gone: frozenset[int], engines: int, layout: Sequence[BucketLayout]
+    ) -> None:
+        """Meets the trainer, again if another engine is gone."""
+        if self.receiver is not None:
+            await asyncio.to_thread(self.receiver.close)
+        context = dataclasses.replace(self.context, gone=gone)
+        self.receiver = resolve(_sync_spec(self.plan).receiver)(context, engines, address, layout)
         await asyncio.to_thread(self.receiver.connect)
 
     async def receive(self, version: int) -> None:
@@ -447,6 +458,7 @@ class CollectorMember(_Process):
         super().__init__(name, log, plan)
         self.model, self.engines = model, engines
         self.collector: Any = None
+        self.pool: EnginePool | None = None
         self.evaluation: asyncio.Task[dict[str, float]] | None = None
 
     async def enter(self) -> list[str]:
@@ -455,10 +467,15 @@ class CollectorMember(_Process):
         Returns what Miles and its plugins have to remark on the data.
         """
         self._enter()
-        pool = EnginePool(self.engines, self.plan.cluster.deadline_s) if self.engines else None
+        self.pool = EnginePool(self.engines, self.plan.cluster.deadline_s) if self.engines else None
         with _remarks() as remarks:
-            self.collector = await asyncio.to_thread(Collector, self.plan, self.model, pool)
+            self.collector = await asyncio.to_thread(Collector, self.plan, self.model, self.pool)
         return remarks
+
+    async def go_without(self, dead: Mapping[str, BaseException]) -> dict[str, BaseException]:
+        """No more is asked of engines that are dead. All that were taken out since the last call, and why."""
+        assert self.pool is not None
+        return self.pool.go_without(dead)
 
     async def begin(self, stage: int, step: int, folder: Path | None) -> None:
         """A stage starts, or goes on from a checkpoint."""

@@ -197,6 +197,19 @@ class Session:
             raise error
         return [future.result() for future in futures]
 
+    async def dead(self, members: Sequence[Member]) -> dict[str, BaseException]:
+        """Those of the members whose process is gone, by name, with what there is to say of it."""
+        futures = {asyncio.wrap_future(member.actor.ping.remote().future()): member for member in members}
+        done, _ = await asyncio.wait(futures, timeout=self.deadline_s)
+        errors = {futures[future].name: (future.exception(), futures[future]) for future in done}
+        found = {name: translated(error, member, "ping") for name, (error, member) in errors.items() if error}
+        return {name: error for name, error in found.items() if isinstance(error, MemberDiedError)}
+
+    def leave(self, member: Member) -> None:
+        """Ends one member, which has failed."""
+        ray.kill(member.actor)
+        self.members.remove(member)
+
     async def stop(self) -> None:
         """Ends all members and leaves the cluster; a local one ends with it.
 

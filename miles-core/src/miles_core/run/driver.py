@@ -89,7 +89,8 @@ class Run:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.trainers: list[Member] = []
         self.critics: list[Member] = []  # the trainers themselves, if the critic shares their ranks
-        self.engines: list[Member] = []
+        self.engines: list[Member] = []  # those that are left
+        self._gone: set[int] = set()  # the numbers of the others
         self.teachers: list[Member] = []
         self._begun: int | None = None  # the stage that the trainers and the collector are in
         self._unnamed: tuple[int, contextlib.AsyncExitStack] | None = None  # the checkpoint that is being written
@@ -206,7 +207,7 @@ class Run:
         await self.session.gather(
             [
                 *((trainer, "connect_sync", ()) for trainer in self.trainers),
-                *((engine, "connect_sync", (address, count, layout)) for engine in self.engines),
+                *((engine, "connect_sync", (address, frozenset(self._gone), count, layout)) for engine in self.engines),
             ]
         )
 
@@ -388,6 +389,7 @@ class Run:
         """The weights of this step to all engines."""
         if not self.engines:
             return
+        await self._leave_lost()
         with self._timed("publish"):
             await self.session.gather(
                 [
@@ -395,6 +397,25 @@ class Run:
                     *((engine, "receive", (self.step,)) for engine in self.engines),
                 ]
             )
+
+    async def _leave_lost(self) -> None:
+        """Goes on without the engines that have failed, as long as one is left; the trainer meets the others anew.
+        Colocated ones have a part of the trainer's GPUs each, so none can be done without."""
+        if len(self.engines) < 2 or self.plan.placement.layout == "colocated":
+            return
+        dead = await self.session.dead(self.engines)
+        lost = await self.session.ask(self.collector, "go_without", dead)
+        if len(lost) == len(self.engines):
+            raise next(iter(lost.values()))
+        if not lost:
+            return
+        for engine in [engine for engine in self.engines if engine.name in lost]:
+            self.engines.remove(engine)
+            self._gone.add(int(engine.name.removeprefix("engine ")))
+            self.session.leave(engine)
+            left = f"going on with {len(self.engines)} of {len(self.engines) + 1} engines"
+            self.console.say(f"{lost[engine.name]}\n{left}", "red")
+        await self._connect()
 
     async def _training(self) -> None:
         """What comes next is for the trainer."""

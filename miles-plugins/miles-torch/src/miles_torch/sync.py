@@ -198,7 +198,7 @@ class TorchReceiver:
             store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
         except dist.DistError as error:
             raise RunError(f"weight sync: the trainer does not answer at {self._address}.") from error
-        rank = self._context.index + 1
+        rank = self._context.place + 1
         self._channel = _Channel(store, rank, self._engines + 1, _own_host(host, port), CONNECT_TIMEOUT_S)
         self._channel.join(self._context.gpus)
 
