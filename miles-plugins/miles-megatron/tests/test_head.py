@@ -51,11 +51,43 @@ def computed(temperature: float, group: object = None, rank: int = 0, ranks: int
     return [logprobs.detach(), entropy.detach(), hidden.grad, own.grad]
 
 
+def top_case() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three tokens at each place, of which two are the same, and weights of the objective; each [T, 3]."""
+    _, _, targets, scale = case()
+    return torch.stack([targets, (targets + 5) % VOCABULARY, targets], 1), torch.stack([*scale, scale[0] * scale[1]], 1)
+
+
+def several_expected() -> list[torch.Tensor]:
+    """Log-probabilities of these, and the gradients by hidden states and weight."""
+    hidden, weight, _, _ = case()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    targets, scale = top_case()
+    logprobs = (hidden @ weight[:VOCABULARY].t() / 0.7).log_softmax(-1).gather(1, targets)
+    (logprobs * scale).sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return [logprobs.detach(), hidden.grad, weight.grad]
+
+
+def several(group: object = None, rank: int = 0, ranks: int = 1) -> list[torch.Tensor]:
+    """The same by a rank of several."""
+    hidden, weight, _, _ = case()
+    own = weight.chunk(ranks)[rank].clone().requires_grad_()
+    hidden.requires_grad_()
+    targets, scale = top_case()
+    logprobs, _ = token_logprobs(hidden, own, targets, vocabulary=VOCABULARY, temperature=0.7, group=group)
+    (logprobs * scale).sum().backward()
+    assert hidden.grad is not None
+    assert own.grad is not None
+    return [logprobs.detach(), hidden.grad, own.grad]
+
+
 def on_two_ranks(rank: int) -> list[list[torch.Tensor]]:
     """What each of two ranks computes."""
     import torch.distributed as dist
 
-    found = computed(0.7, dist.group.WORLD, rank, 2)
+    found = computed(0.7, dist.group.WORLD, rank, 2) + several(dist.group.WORLD, rank, 2)
     gathered: list[list[torch.Tensor]] = [[], []]
     dist.all_gather_object(gathered, found)
     return gathered
@@ -79,22 +111,15 @@ def test_ranks_that_share_the_vocabulary_agree_with_log_softmax(tmp_path: Path) 
         torch.testing.assert_close(rank[1], entropy, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(first[2] + second[2], hidden, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.cat([first[3], second[3]]), weight, rtol=1e-5, atol=1e-5)
+    top, hidden, weight = several_expected()
+    torch.testing.assert_close(first[4], top, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first[5] + second[5], hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat([first[6], second[6]]), weight, rtol=1e-5, atol=1e-5)
 
 
 def test_several_tokens_at_a_place_are_those_of_log_softmax_and_one_that_comes_twice_counts_twice() -> None:
-    hidden, weight, targets, scale = case()
-    several = torch.stack([targets, (targets + 5) % VOCABULARY, targets], 1)
-    found = []
-    for own in (False, True):
-        states, rows = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        if own:
-            logprobs, _ = token_logprobs(states, rows, several, vocabulary=VOCABULARY, temperature=0.7)
-        else:
-            logprobs = (states @ rows[:VOCABULARY].t() / 0.7).log_softmax(-1).gather(1, several)
-        (logprobs * torch.stack([scale[0], scale[1], scale[0] * scale[1]], 1)).sum().backward()
-        found.append([logprobs.detach(), states.grad, rows.grad])
-    for expected, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    for own, reference in zip(several(), several_expected(), strict=True):
+        torch.testing.assert_close(own, reference, rtol=1e-5, atol=1e-5)
 
 
 def test_no_token_is_fine_and_logits_in_bfloat16_are_summed_in_float32() -> None:
