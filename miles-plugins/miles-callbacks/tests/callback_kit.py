@@ -18,24 +18,32 @@ from miles_torch.options import OptimizerOptions, TrainerOptions
 from miles_torch.trainer import TorchTrainer
 
 BAD = 0.125
-"""The advantage that marks the token whose loss is not a number."""
+"""The advantage that marks the token whose loss is infinite, and whose gradient is not finite either."""
+STEEP = 0.0625
+"""The advantage that marks the token whose loss is finite and has a gradient that is not."""
+
+STEPS: list[dict[str, Any]] = [{}, {"bad": [4]}, {}, {"steep": [9]}]
+"""What `batch_of` is told at each step of two ranks."""
 
 
 def policy_loss(inputs: LossInputs, options: Any) -> LossOutputs:
-    """A policy gradient that is not finite where the advantage is `BAD`."""
+    """A policy gradient. Not finite where the advantage is `BAD`; only its gradient is not where it is `STEEP`."""
     assert inputs.advantages is not None
+    steep = torch.where(inputs.advantages == STEEP, 0.0 * inputs.logprobs, 1.0).sqrt()  # sqrt is vertical at 0
     broken = (inputs.advantages == BAD).float() / 0.0  # 0 / 0 is not a number, 1 / 0 is infinite
-    return LossOutputs(losses=-inputs.logprobs * inputs.advantages + broken.nan_to_num(nan=0.0, posinf=torch.inf))
+    broken = broken.nan_to_num(nan=0.0, posinf=torch.inf)
+    return LossOutputs(losses=-inputs.logprobs * inputs.advantages * (1.0 + broken) + steep - 1.0)
 
 
-def batch_of(seed: int = 0, bad: Sequence[int] = (), minibatches: int = 1) -> Batch:
-    """bad: samples whose last token makes a loss that is not finite."""
+def batch_of(seed: int = 0, bad: Sequence[int] = (), steep: Sequence[int] = (), minibatches: int = 1) -> Batch:
+    """bad, steep: samples whose last token makes a loss, or only a gradient, that is not finite."""
     batch = make_batch(seed=seed)
     rng = np.random.default_rng(seed)
     tokens = (batch["tokens"] % VOCABULARY).astype(np.int32)
     advantages = np.where(batch["mask"], rng.standard_normal(batch.tokens_total), 0.0)
-    for sample in bad:
-        advantages[batch.cu_seqlens[sample + 1] - 1] = BAD
+    for samples, mark in ((bad, BAD), (steep, STEEP)):
+        for sample in samples:
+            advantages[batch.cu_seqlens[sample + 1] - 1] = mark
     batch = batch.with_samples(minibatch=(np.arange(len(batch)) % minibatches).astype(np.int32))
     weights = batch["mask"] / batch["mask"].sum()
     return batch.with_columns(tokens=tokens, advantages=advantages, weights=weights)

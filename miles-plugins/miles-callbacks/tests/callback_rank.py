@@ -10,7 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
-from callback_kit import batch_of, make_trainer
+from callback_kit import STEPS, batch_of, make_trainer
 
 from miles_callbacks import options
 from miles_callbacks.aux_loss import AuxLossProbe
@@ -18,12 +18,12 @@ from miles_callbacks.nan_guard import NanGuard
 
 
 def main() -> None:
-    """Two good steps with a bad one between them, a sample at a time: one rank has a sample more than the other."""
+    """Takes good steps and bad ones in turn, a sample at a time: one rank has a sample more than the other."""
     logging.basicConfig()
     folder, rank, address = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     callbacks = [NanGuard(options.NanGuard()), AuxLossProbe(options.AuxLossProbe(coefficient=0.5))]
     trainer = make_trainer(folder, callbacks, rank=rank, world_size=2, address=address, micro_batch_tokens=1)
-    reports = [trainer.update(batch_of(bad=[4] if step == 1 else []), step, 1) for step in range(3)]
+    reports = [trainer.update(batch_of(**marks), step, 1) for step, marks in enumerate(STEPS)]
     print(json.dumps(reports))
     trainer.stop()
 

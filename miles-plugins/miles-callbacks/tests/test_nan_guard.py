@@ -16,6 +16,9 @@ from miles_core.errors import RunError
 from miles_core.plugins import lifecycle
 from miles_core.testing.fakes import make_run
 
+FIRST = "model.embed_tokens.weight"
+"""The first parameter, which every token's gradient reaches."""
+
 
 def guard(patience: int = 3) -> NanGuard:
     return NanGuard(options.NanGuard(patience=patience))
@@ -39,13 +42,29 @@ def test_a_step_that_is_not_finite_is_skipped_and_sample_and_parameters_are_name
     assert all(math.isfinite(value) for value in metrics.values())
     (message,) = (record.getMessage() for record in caplog.records)
     assert "nan-guard: step 0 is skipped, 1 in a row. sample 0/2, token" in message
+    assert f"\n  gradients that are not finite: {FIRST} (" in message
     # Afterwards it goes on as if the step had never been.
     trainer.update(batch_of(seed=1), 1, 1)
     other.update(batch_of(seed=1), 1, 1)
     assert torch.equal(weights(trainer), weights(other))
 
 
-def test_a_gradient_that_is_not_finite_names_the_parameters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("steep", [0, 3, 5])
+def test_a_gradient_that_is_not_finite_names_sample_and_parameters(
+    steep: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Wherever the sample stands; of the parameters behind its loss none is spared."""
+    trainer = make_trainer(tmp_path, [guard()])
+    batch = batch_of(steep=[steep])
+    with caplog.at_level(logging.WARNING):
+        assert trainer.update(batch, 0, 1)["skipped_steps"] == 1
+    (message,) = (record.getMessage() for record in caplog.records)
+    name = f"{batch.samples['group'][steep]}/{batch.samples['index'][steep]}"
+    assert f"although all losses are finite; that of sample {name} alone is not finite either." in message
+    assert f"\n  gradients that are not finite: {FIRST} (" in message
+
+
+def test_of_broken_parameters_only_those_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Breaks:
         def before_train_step(self, model: torch.nn.Module) -> None:
             dict(model.named_parameters())["model.layers.1.mlp.up_proj.weight"].register_hook(lambda g: g * math.nan)
@@ -53,9 +72,25 @@ def test_a_gradient_that_is_not_finite_names_the_parameters(tmp_path: Path, capl
     trainer = make_trainer(tmp_path, [Breaks(), guard()])
     with caplog.at_level(logging.WARNING):
         assert trainer.update(batch_of(), 0, 1)["skipped_steps"] == 1
-    assert "although all losses are finite" in caplog.text
     size = 48 * 32
+    assert "that of sample 0/0 alone is not finite either" in caplog.text  # as that of any other
     assert f"gradients that are not finite: model.layers.1.mlp.up_proj.weight ({size} entries)" in caplog.text
+
+
+def test_a_gradient_that_no_sample_has_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The norm of their sum overflows, of which no entry does."""
+
+    class Overflows:
+        def before_train_step(self, model: torch.nn.Module) -> None:
+            weight = dict(model.named_parameters())[FIRST]
+            value = math.sqrt(torch.finfo(torch.float32).max / weight.numel()) / 4  # so that one has a norm, four none
+            weight.register_hook(lambda g: torch.full_like(g, value))
+
+    trainer = make_trainer(tmp_path, [Overflows(), guard()], micro_batch_tokens=1)
+    with caplog.at_level(logging.WARNING):
+        assert trainer.update(batch_of(), 0, 1)["skipped_steps"] == 1
+    assert "none of its 11 samples gives such a gradient alone" in caplog.text
+    assert "gradients that are not finite" not in caplog.text
 
 
 def test_it_is_patient_only_for_so_long(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from callback_kit import batch_of, make_trainer
+from callback_kit import STEPS, batch_of, make_trainer
 
 from miles_callbacks import options
 from miles_callbacks.aux_loss import AuxLossProbe
@@ -19,7 +19,7 @@ from miles_callbacks.nan_guard import NanGuard
 def test_two_ranks_report_what_one_does(tmp_path: Path) -> None:
     callbacks = [NanGuard(options.NanGuard()), AuxLossProbe(options.AuxLossProbe(coefficient=0.5))]
     alone = make_trainer(tmp_path, callbacks)
-    expected = [alone.update(batch_of(bad=[4] if step == 1 else []), step, 1) for step in range(3)]
+    expected = [alone.update(batch_of(**marks), step, 1) for step, marks in enumerate(STEPS)]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
     script = Path(__file__).with_name("callback_rank.py")
@@ -36,9 +36,10 @@ def test_two_ranks_report_what_one_does(tmp_path: Path) -> None:
     for (out, err), rank in zip(outputs, ranks, strict=True):
         assert rank.returncode == 0, err
         for step, report in enumerate(json.loads(out.splitlines()[-1])):
-            assert report.get("skipped_steps") == expected[step].get("skipped_steps") == (1.0 if step == 1 else None)
-            if step != 1:
+            assert report.get("skipped_steps") == expected[step].get("skipped_steps") == (1.0 if STEPS[step] else None)
+            if not STEPS[step]:
                 assert report["aux_loss/z"] == pytest.approx(expected[step]["aux_loss/z"], rel=1e-5)
                 assert report["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=1e-5)
     assert "sample 1/0" in outputs[0][1]  # the first rank says it, wherever the sample was
+    assert "that of sample 2/1 alone is not finite either" in outputs[0][1]
     assert "nan-guard" not in outputs[1][1]

@@ -195,8 +195,8 @@ class TorchTrainer:
         metrics["grad_norm"] = norm = self._clip(options.max_grad_norm)
         if fault is None and not math.isfinite(norm):
             fault = (
-                f"step {step}: the gradient norm is {norm} although all losses are finite. "
-                "A lower learning rate, or dtype float32, may help."
+                f"step {step}: the gradient norm is {norm} although all losses are finite; "
+                f"{self._with_broken_gradient(batch, samples)}. A lower learning rate, or dtype float32, may help."
             )
         if fault is None:
             adamw.step()
@@ -215,6 +215,31 @@ class TorchTrainer:
         told = {"context": context, "step": step, "model": model, "optimizer": self._optimizer, "fault": fault}
         if hooks is None or not hooks.step_not_finite(**told):
             raise RunError(fault)
+
+    def _with_broken_gradient(self, batch: Batch, samples: Sequence[int]) -> str:
+        """Which sample's gradient is not finite, in words, found by halving: about two passes more. A collective that
+        leaves the gradients as they were."""
+
+        def broken(part: Sequence[int]) -> bool:
+            self._repeat(batch, part)
+            return not math.isfinite(self._clip(0.0))
+
+        suspects = list(samples)
+        while len(suspects) > 1:
+            half = suspects[: len(suspects) // 2]
+            suspects = half if broken(half) else suspects[len(half) :]
+        alone = broken(suspects)
+        self._repeat(batch, samples)
+        if alone:
+            return f"that of sample {describe(batch, suspects[0])} alone is not finite either"
+        return f"none of its {len(samples)} samples gives such a gradient alone"
+
+    def _repeat(self, batch: Batch, samples: Sequence[int]) -> None:
+        """The gradients of some samples of a mini-batch, in the place of those that were there."""
+        assert self._optimizer is not None, "no stage has begun"
+        self._optimizer.zero_grad()
+        for packed in self._plan(batch, samples):
+            self._forward_backward(batch, packed, Sums(self._device), first=False)
 
     def _forward_backward(self, batch: Batch, packed: Packed, sums: Sums, *, first: bool) -> _Forward:
         with filler(packed.dummy):
