@@ -146,6 +146,19 @@ class TurnsAGradient(TorchTrainer):
         self._optimizer.register_step_pre_hook(turn)
 
 
+class ForgetsAMicroBatch(TorchTrainer):
+    """Shows only where a batch is cut."""
+
+    def _plan(self, batch: Batch, samples: Sequence[int]) -> Any:
+        packed = super()._plan(batch, samples)
+        return packed[:1] if len(packed) > 1 else packed
+
+
+class DeafToHooks(TorchTrainer):
+    def __init__(self, options: Any, context: Any) -> None:
+        super().__init__(options, replace(context, hooks=None))
+
+
 class ForgetsTheNorm(TorchTrainer):
     def save_pretrained(self, folder: Any) -> None:
         with torch.no_grad():
@@ -197,7 +210,9 @@ class Rounds(TorchTrainer):
     [
         (Averages, "has_the_gradient_of_the_objective", "grad_norm is"),
         (Climbs, "learns", "it must rise"),
-        (TurnsAGradient, "moves_weights_against_their_gradients", "model.layers.1.mlp.up_proj.weight does not move"),
+        (TurnsAGradient, "has_the_gradient_of_the_objective", "model.layers.1.mlp.up_proj.weight differs by 2 "),
+        (ForgetsAMicroBatch, "has_the_gradient_of_the_objective", "('one by one: loss is"),
+        (DeafToHooks, "has_the_gradient_of_the_objective", "before_train_step is not told"),
         (ForgetsTheNorm, "saves_for_transformers", "model.norm.weight differs"),
         (MistakesTheTokens, "gives_the_logprobs_of_the_teachers_tokens", "grad_norm is"),
         (ForgetsTheOptimizer, "continues_exactly_from_a_checkpoint", "differs"),
