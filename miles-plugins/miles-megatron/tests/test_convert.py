@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import resource
 import signal
 import weakref
@@ -158,6 +159,37 @@ def test_a_full_disk_is_an_error_for_people_and_leaves_nothing(tmp_path: Path) -
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, heard)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+class Calls:
+    """A pickle of it calls a function when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_whose_contents_would_call_something_is_refused_uncalled(tmp_path: Path) -> None:
+    from miles_megatron import convert
+
+    convert.hf_to_dist(make_model(tmp_path / "model"), tmp_path / "dist")
+    contents, called = tmp_path / "dist/dist/.metadata", tmp_path / "called"
+    contents.write_bytes(pickle.dumps(Calls(called)))
+    with pytest.raises(UserError, match=r"\.metadata cannot be read: it names .*, which has no place there"):
+        convert.dist_to_hf(tmp_path / "dist", tmp_path / "hf")
+    with pytest.raises(UserError, match="which has no place there"):
+        make_trainer(tmp_path / "dist")
+    assert not called.exists()
+
+
+def test_a_damaged_table_of_contents_is_refused(tmp_path: Path) -> None:
+    from miles_megatron import checkpoint
+
+    (tmp_path / ".metadata").write_bytes(b"xx")
+    with pytest.raises(UserError, match=r"\.metadata cannot be read: invalid load key"):
+        checkpoint.contents(tmp_path)
 
 
 def test_a_critic_is_refused(tmp_path: Path) -> None:

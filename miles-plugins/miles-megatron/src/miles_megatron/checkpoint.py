@@ -6,12 +6,14 @@
 
 The optimizer's state is stored parameter by parameter ("fully_reshardable"): Megatron's default cannot be saved, and
 the other way fits only other numbers of data-parallel ranks. Keys do not depend on whether experts have an optimizer of
-their own. Reading executes nothing: Megatron loads with `weights_only`.
+their own. Reading executes nothing: Megatron loads tensors with `weights_only`, and PyTorch's own table of contents,
+which is a pickle, is first read by an unpickler that knows nothing but the classes which belong there.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,8 +31,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from miles_core.errors import RunError, UserError
 from miles_core.roles import Written
@@ -84,7 +85,8 @@ def content(copies: Sequence[str]) -> dict[str, Any]:
 
 
 def copies(folder: Path) -> list[str]:
-    """Those that the Hugging Face folder held which the weights came from."""
+    """Those that the Hugging Face folder held which the weights came from. Raises `UserError` for a damaged one."""
+    contents(folder)
     with _quiet():
         found: list[str] = (dist_checkpointing.load_content_metadata(str(folder)) or {}).get("copies", [])
     return found
@@ -98,9 +100,51 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+_CONTENTS = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
+}  # fmt: skip
+"""Module -> what a table of contents is made of, beside PyTorch's types."""
+
+
+class _Contents(pickle.Unpickler):
+    """Knows nothing else, so that a file from anywhere cannot have anything called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Of what the pickle names."""
+        known = name in _CONTENTS.get(module, ()) or (
+            module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+        )
+        if not known:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place there")
+        return super().find_class(module, name)
+
+
+def contents(folder: Path) -> Metadata:
+    """The table of contents. Raises `UserError` if it is damaged, or would have something executed."""
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as file:
+            found = _Contents(file).load()
+    except Exception as error:  # whatever a damaged pickle raises
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, Metadata):
+        raise UserError(f"{path} is no table of contents of a checkpoint")
+    return found
+
+
 def types(folder: Path) -> dict[str, torch.dtype]:
-    """Key of each tensor in a checkpoint -> its type."""
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    """Key of each tensor in a checkpoint -> its type. Raises `UserError` for a damaged one."""
+    stored = contents(folder).state_dict_metadata
     return {key: one.properties.dtype for key, one in stored.items() if isinstance(one, TensorStorageMetadata)}
 
 
