@@ -174,6 +174,12 @@ def test_bad_lines_are_refused_with_their_place(tokenizer: Tokenizer, tmp_path: 
         source(tokenizer, path, room=5)
 
 
+def test_the_mark_that_windows_begins_a_file_with_is_no_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "answer": 1}\n')
+    assert source(tokenizer, path).next().text == "a"
+
+
 def test_text_that_is_not_utf8_is_refused_with_its_place(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"prompt": "a", "answer": 1}\n{"prompt": "\xff", "answer": 1}\n')

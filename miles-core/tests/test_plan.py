@@ -40,7 +40,7 @@ from miles_core.cli.plan import _draw as draw_plan
 from miles_core.cli.plan import plan as plan_command_of_miles
 from miles_core.cli.recipes import recipes as recipes_command
 from miles_core.config.estimate import estimate, readable
-from miles_core.config.layers import open_catalog
+from miles_core.config.layers import open_catalog, read_run_file
 from miles_core.config.schema import Plan
 from miles_core.config.traits import loss_columns
 from miles_core.errors import UserError
@@ -1171,6 +1171,21 @@ def test_the_plan_as_json_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert shown["origins"]["stages.rl.loss.clip_high"] == "run.toml:21"
     assert shown["parameters"] == 258 * 64
     assert [processes["name"] for processes in shown["processes"]] == ["driver", "collector", "engine", "trainer rank"]
+
+
+def test_a_loss_whose_result_depends_on_packing_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    comparing = _plugin("fake-comparing", LossSpec(**_said("comparing"), compares_samples=True))
+    monkeypatch.setattr("miles_core.config.layers.discover", lambda *, disable=(): catalog(comparing))
+    Path("run.toml").write_text(RUN)
+    note = "Note: loss 'comparing' compares the samples of a micro-batch, so results depend on how they are packed"
+    for flags, notes in (((), []), (("loss.name=comparing",), [note])):
+        shown = CliRunner().invoke(plan_command_of_miles, ["run.toml", *flags], catch_exceptions=False).output
+        assert [line for line in shown.splitlines() if line.startswith("Note:")] == notes
+
+
+def test_a_run_file_may_begin_with_the_mark_that_windows_writes() -> None:
+    Path("marked.toml").write_text(RUN, encoding="utf-8-sig")
+    assert read_run_file(Path("marked.toml")).plain()["data"]["path"] == "train.jsonl"
 
 
 def test_recipes_are_listed_and_shown(recipes: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:

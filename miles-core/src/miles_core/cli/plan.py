@@ -54,6 +54,7 @@ def _as_json(plan: Plan, guess: Estimate) -> dict[str, Any]:
         "plugins": [{"plugin": name, "version": version} for name, version, _ in plan.plugin_set],
         "values": plan.values,
         "origins": dict(plan.origins),
+        "notes": list(_notes(plan)),
         "parameters": guess.parameters,
         "memory_unknown": guess.unknown or None,
         "processes": [dataclasses.asdict(processes) for processes in guess.processes],
@@ -95,6 +96,16 @@ def _summary(plan: Plan, guess: Estimate) -> Iterator[str]:
     yield f"Plugins: {', '.join(f'{name} {version}' for name, version, _ in plan.plugin_set)}"
     if guess.parameters is not None:
         yield f"Parameters: {guess.parameters:,}"
+    yield from _notes(plan)
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    """What else holds of all runs, and of this one does not."""
+    from miles_core.specs import LossSpec
+
+    specs = [stage.loss.spec for stage in plan.stages]
+    for name in dict.fromkeys(spec.name for spec in specs if isinstance(spec, LossSpec) and spec.compares_samples):
+        yield f"Note: loss {name!r} compares the samples of a micro-batch, so results depend on how they are packed"
 
 
 _PROCESS_HEADER = ("Process", "Count", "Each on", "Memory", "Of which")

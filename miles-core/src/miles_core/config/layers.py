@@ -101,7 +101,7 @@ def _recipe(name: str, catalog: Catalog) -> Entry[RecipeSpec]:
 def read_run_file(path: Path) -> Node:
     """The tree of a run file. Raises `UserError` if it is missing, no text or no TOML."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"there is no run file {path}") from None
     except IsADirectoryError:

@@ -118,7 +118,7 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
     if not line.strip():
         raise UserError(f"{where}: an empty line; each line must be a JSON object")
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"))  # Windows begins a file with a mark
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
