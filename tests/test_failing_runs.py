@@ -38,7 +38,7 @@ def test_a_full_disk_and_dead_engines_cost_an_asynchronous_run_nothing_but_time(
     assert "Traceback" not in ended.err
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
 
-    process = miles.start("resume", str(folder), probe={"pause": [4, 3.0], "pause_step": [7, 3.0]})
+    process = miles.start("resume", str(folder), probe={"pause": [4, 1.0], "pause_step": [7, 1.0]})
     for step, number in ((4, 0), (7, 1)):
         miles.wait_for_note("paused", process, step=step)
         engine = [note["pid"] for note in miles.notes("members") if note["role"] == f"engine {number}"][-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from importlib.util import find_spec
 
 import pytest
@@ -49,6 +51,20 @@ def test_colocated_a_server_sleeps_while_megatron_trains_and_reads_its_weights(m
     assert max(line["mismatch/logprob_abs_max"] for line in lines) < 1e-4
     (log,) = (miles.folder / "runs" / "turns").rglob("sglang-0.log")
     assert "update_weights_from_tensor" in log.read_text()
+
+
+def test_a_run_goes_on_with_the_other_server_when_one_is_killed(miles: Miles) -> None:
+    process = miles.start(
+        "train", "sglang.toml", "name=loses", "engine.count=2", "schedule.steps=4", probe={"pause_step": [2, 1.0]}
+    )
+    miles.wait_for_note("paused", process, step=2)
+    os.kill(next(pid for pid, command in miles.pids().items() if "miles_sglang.serve" in command), signal.SIGKILL)
+    ended = miles.end(process)
+    assert (ended.code, ended.err, ended.left_over) == (0, "", [])
+    assert "going on with 1 of 2 engines" in ended.out
+    lines = [line for line in miles.metrics("loses") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert max(line["mismatch/logprob_abs_max"] for line in lines) < 1e-4  # it has had every version of the weights
 
 
 def test_an_unknown_option_is_refused_before_anything_starts(miles: Miles) -> None:
