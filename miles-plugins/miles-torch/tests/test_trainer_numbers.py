@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from trainer_kit import alone, exported, make_batch, make_trainer, norm, plain_m
 
 from miles_core.errors import RunError, UserError
 from miles_core.roles import LossOutputs
+from miles_torch import logprobs as logprobs_module
 from miles_torch import model as model_module
 from miles_torch import optimizer
 from miles_torch.logprobs import token_logprobs
@@ -230,14 +234,16 @@ def test_a_plan_trains_every_token_once_on_equally_many_micro_batches(seed, grou
     temperature=st.sampled_from([1.0, 0.5, 2.0]),
     shape=st.sampled_from([(5,), (5, 1), (5, 4)]),
     with_entropy=st.booleans(),
+    rows=st.sampled_from([1, 2, 5]),
 )
-def test_token_logprobs_and_entropy_have_the_gradients_of_log_softmax(seed, temperature, shape, with_entropy):
-    """Of one token a place or of several, the same one twice perhaps."""
+def test_token_logprobs_and_entropy_have_the_gradients_of_log_softmax(seed, temperature, shape, with_entropy, rows):
+    """Of one token a place or of several, the same one twice perhaps. rows: worked on at once."""
     generator = torch.Generator().manual_seed(seed)
     logits = (4 * torch.randn(5, 11, generator=generator)).requires_grad_()
     targets = torch.randint(0, 11, shape, generator=generator)
     factors, factor = torch.randn(shape, generator=generator), torch.randn(5, generator=generator) * with_entropy
-    picked, entropy = token_logprobs(logits, targets, temperature=temperature, entropy=with_entropy)
+    with patch.object(logprobs_module, "CHUNK", rows * 11):
+        picked, entropy = token_logprobs(logits, targets, temperature=temperature, entropy=with_entropy)
     double = logits.detach().double().requires_grad_()
     table = (double / temperature).log_softmax(-1)
     expected = table.gather(1, targets.view(5, -1)).view(shape)
@@ -249,9 +255,40 @@ def test_token_logprobs_and_entropy_have_the_gradients_of_log_softmax(seed, temp
         total = total + (entropy * factor).sum()
     else:
         assert entropy is None
-    (found,) = torch.autograd.grad(total, logits)
+    with patch.object(logprobs_module, "CHUNK", rows * 11):
+        (found,) = torch.autograd.grad(total, logits)
     (wanted,) = torch.autograd.grad((expected * factors).sum() + (spread * factor).sum(), double)
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-4)
+
+
+def peak_of(work):
+    """Most bytes that a function has allocated at once, those inside of torch's kernels as well."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_logprobs_and_entropy_take_no_second_copy_of_the_logits(entropy, monkeypatch):
+    """The forward pass allocates next to nothing, the backward pass their gradient; plain torch several copies."""
+    rows, vocabulary = 256, 2048
+    monkeypatch.setattr(logprobs_module, "CHUNK", rows * vocabulary // 32)
+    logits, targets = torch.randn(rows, vocabulary, requires_grad=True), torch.arange(rows)
+
+    def ours():
+        picked, spread = token_logprobs(logits, targets, temperature=0.7, entropy=entropy)
+        return picked.sum() if spread is None else picked.sum() + spread.sum()
+
+    def plain():
+        table = (logits / 0.7).log_softmax(-1)
+        return table.gather(1, targets[:, None]).sum() - (table.exp() * table).sum() * entropy
+
+    copy = logits.nbytes
+    assert peak_of(ours) < 0.2 * copy
+    assert peak_of(lambda: ours().backward()) < 1.2 * copy
+    logits.grad = None
+    assert peak_of(lambda: plain().backward()) > 2.9 * copy
 
 
 def test_the_optimizer_is_adamw_with_clipping(folder):

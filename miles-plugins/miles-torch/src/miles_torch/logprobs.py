@@ -1,9 +1,9 @@
-"""Log-probabilities and entropy of chosen tokens, keeping one copy of the logits.
+"""Log-probabilities and entropy of chosen tokens, without a second copy of the logits.
 
 With z = logits / temperature and p = softmax(z), for each token y that is asked for:
 log p(y) = z_y - logsumexp(z), whose gradient by z is onehot(y) - p; and the entropy H = logsumexp(z) - sum(p z), whose
-gradient by z is -p (log p + H). Everything is computed in float32. The backward pass makes p again from the saved
-log-probabilities, so no second [T, V] tensor lives between the passes.
+gradient by z is -p (log p + H). Everything is computed in float32, a few rows at a time, and made again in the backward
+pass from the logits themselves: beside them and their gradient nothing has their size.
 
 Shapes: T places, V vocabulary, M tokens that are asked for at each place.
 """
@@ -15,33 +15,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CHUNK, CUDA_CHUNK = 2**20, 2**24
+"""Most numbers, of T x V, that are worked on at once: 4 MiB in float32, near a CPU's caches; 64 MiB, few kernels."""
+
 
 class _TokenLogprobs(torch.autograd.Function):
     """See the head of the module. Returns logprobs [T, M] and entropy [T] (empty unless asked for)."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
-        scaled = logits if temperature == 1.0 else logits / temperature
-        logprobs = torch.log_softmax(scaled, dim=-1, dtype=torch.float32)
-        picked = logprobs.gather(1, targets)
-        spread = -(logprobs.exp() * logprobs).sum(-1) if entropy else logprobs.new_empty(0)
-        ctx.save_for_backward(logprobs, targets, spread)
-        ctx.temperature, ctx.entropy, ctx.dtype = temperature, entropy, logits.dtype
+        picked = logits.new_empty(targets.shape, dtype=torch.float32)
+        spread = picked.new_empty(len(logits) if entropy else 0)
+        for rows in _chunks(logits):
+            logprobs = torch.log_softmax(_scaled(logits[rows], temperature), -1, dtype=torch.float32)
+            torch.gather(logprobs, 1, targets[rows], out=picked[rows])
+            if entropy:
+                spread[rows] = logprobs.exp().mul_(logprobs).sum(-1).neg_()
+        ctx.save_for_backward(logits, targets, spread)
+        ctx.temperature, ctx.entropy = temperature, entropy
         return picked, spread
 
     @staticmethod
     def backward(ctx: Any, grad_picked: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None, None, None]:
-        logprobs, targets, spread = ctx.saved_tensors
-        grad, total = logprobs.exp(), grad_picked.sum(1, keepdim=True)
-        if ctx.entropy:
-            factor = logprobs.add(spread[:, None]).mul_(grad_entropy[:, None]).add_(total)
-            grad.mul_(factor.neg_())
-        else:
-            grad.mul_(-total)
-        grad.scatter_add_(1, targets, grad_picked)
-        if ctx.temperature != 1.0:
-            grad.div_(ctx.temperature)
-        return grad.to(ctx.dtype), None, None, None
+        logits, targets, spread = ctx.saved_tensors
+        gradient, total = torch.empty_like(logits), grad_picked.sum(1, keepdim=True)
+        for rows in _chunks(logits):
+            scaled = _scaled(logits[rows], ctx.temperature)
+            if ctx.entropy:
+                logprobs = torch.log_softmax(scaled, -1, dtype=torch.float32)
+                part = logprobs.exp()
+                factor = logprobs.add_(spread[rows, None]).mul_(grad_entropy[rows, None]).add_(total[rows])
+                part.mul_(factor.neg_())
+            else:
+                part = torch.softmax(scaled, -1, dtype=torch.float32).mul_(-total[rows])
+            part.scatter_add_(1, targets[rows], grad_picked[rows])
+            torch.div(part, ctx.temperature, out=gradient[rows])
+        return gradient, None, None, None
+
+
+def _chunks(logits: Tensor) -> list[slice]:
+    """Rows that are worked on at once, in turn."""
+    rows = max(1, (CUDA_CHUNK if logits.is_cuda else CHUNK) // logits.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def token_logprobs(
