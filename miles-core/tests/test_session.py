@@ -169,6 +169,28 @@ def test_the_end_asks_members_to_end_and_then_kills_them(monkeypatch: pytest.Mon
     assert killed == [*actors, "cluster"]
 
 
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_a_cluster_that_does_not_start_is_tried_twice_and_then_told(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[Any] = []
+
+    def start(**options: Any) -> None:
+        starts.append(options)
+        if len(starts) <= failures:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    made = Session(ClusterSection(), {}, Path("logs"))
+    if failures < 2:
+        made._connect()
+    else:
+        with pytest.raises(RunError, match=r"Ray does not start on this machine: .* timed out during startup"):
+            made._connect()
+    assert len(starts) == min(failures + 1, 2)
+
+
 # ---- What leaves a member -------------------------------------------------------------------------------------------
 
 

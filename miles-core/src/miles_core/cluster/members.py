@@ -17,6 +17,7 @@ import functools
 import inspect
 import logging
 import os
+import random
 import socket
 import sys
 import traceback
@@ -144,10 +145,14 @@ class TrainerMember(_Process):
             resolve(ref)
 
     def address(self) -> str:
-        """A free meeting point for the ranks, on rank 0's machine."""
-        host = _own_host(self.plan)
-        with socket.create_server((host, 0)) as listener:
-            return f"tcp://{host}:{listener.getsockname()[1]}"
+        """A free meeting point for the ranks, on rank 0's machine. The port is below those that systems give to whoever
+        asks for any, because it is used only later."""
+        host, draw = _own_host(self.plan), random.SystemRandom()
+        for _ in range(100):
+            port = draw.randrange(15000, 32000)
+            with contextlib.suppress(OSError), socket.create_server((host, port)):
+                return f"tcp://{host}:{port}"
+        raise RunError(f"no free port on {host} for the trainer's ranks")
 
     def start(self, part: Part, address: str, model: Path, reference: bool) -> None:
         """Builds the trainer or the critic, and its model."""

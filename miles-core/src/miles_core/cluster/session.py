@@ -120,16 +120,12 @@ class Session:
         terminated = signal.getsignal(signal.SIGTERM)
         try:
             if self.local:
-                cpus = max(os.cpu_count() or 1, sum(place.cpus for place in self._places.values()))
-                with _daemons_apart():
-                    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
+                self._start_local(common)
             else:
                 ray.init(address=self._address, **common)
         except SystemExit:  # Ray's answer to SIGTERM meanwhile
             raise KeyboardInterrupt from None
         except (ConnectionError, ValueError) as error:
-            if self.local:
-                raise
             raise UserError(
                 f"cluster.address = {self._address!r}: no Ray cluster lets us in there: {error} (for one that wants a "
                 "token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)"
@@ -138,6 +134,19 @@ class Session:
             signal.signal(signal.SIGTERM, terminated)  # Ray's own would leave without ending the members
         # Ray prints what it has to say of a dead worker on standard output; we say it ourselves, with the log's end.
         ray._private.worker._worker_logs_enabled = False
+
+    def _start_local(self, common: Mapping[str, Any]) -> None:
+        """A cluster on this machine. Ray gives its daemons 30 s; a busy machine may need another try."""
+        cpus = max(os.cpu_count() or 1, sum(place.cpus for place in self._places.values()))
+        for last in (False, True):
+            try:
+                with _daemons_apart():
+                    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
+                return
+            except Exception as error:  # Ray has no class of its own for it
+                ray.shutdown()
+                if last:
+                    raise RunError(f"Ray does not start on this machine: {error}") from error
 
     def _check_resources(self) -> None:
         have = ray.cluster_resources()
