@@ -74,7 +74,8 @@ class LossInputs:
     record says it needs them: advantages, old_logprobs (the policy before this batch's first update),
     rollout_logprobs (the engine's), staleness (versions that lie between these two), ref_logprobs (frozen reference),
     teacher_logprobs; entropy [T], with gradient; teacher_top_logprobs [T, K], the teacher's of its likeliest tokens,
-    the likeliest first, and top_logprobs [T, K], the policy's of the same tokens, with gradient.
+    the likeliest first, and top_logprobs [T, K], the policy's of the same tokens, with gradient. Raises `ValueError`
+    where one is not of T entries: samples and batches, which know whose tokens they are, refuse that before.
     """
 
     logprobs: Tensor
@@ -88,6 +89,11 @@ class LossInputs:
     teacher_top_logprobs: Tensor | None = None
     top_logprobs: Tensor | None = None
     entropy: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, column in vars(self).items():
+            if name != "segments" and column is not None and len(column) != len(self.logprobs):
+                raise ValueError(f"{name} has {len(column)} entries for {len(self.logprobs)} trained tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from miles_core.roles import CorrectionInputs, LossInputs, Segments
 from miles_core.run.advantages import apply_advantage
 from miles_core.run.weights import aggregate
 from miles_core.sample import Batch
-from miles_core.testing.fakes import make_batch
+from miles_core.testing.fakes import make_batch, make_group
 
 ADVANTAGES = {record.name: record for record in miles_grpo.miles_advantages()}
 LOSSES = {record.name: record for record in miles_grpo.miles_losses()}
@@ -128,11 +128,17 @@ def test_however_far_policies_are_apart_corrections_are_finite(name, which, extr
     assert all(torch.isfinite(metric.float()).all() for metric in outputs.metrics.values())
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_columns_of_other_lengths_are_refused(name):
-    inputs = LossInputs(
-        segments=Segments(ids=torch.tensor([0, 0, 0]), count=1),
-        **{**tokens(3), "advantages": torch.zeros(2), "old_logprobs": torch.zeros(2)},
-    )
-    with pytest.raises(RuntimeError, match="size"):
-        resolve_name(LOSSES[name].ref)(inputs, component(LOSSES[name]).options)
+@pytest.mark.parametrize("name", sorted(set(tokens(1)) - {"logprobs"}))
+def test_columns_of_other_lengths_are_refused_by_name(name):
+    """One entry too, which torch would spread over all tokens."""
+    for wrong in (1, 2, 4):
+        with pytest.raises(ValueError, match=f"^{name} has {wrong} entries for 3 trained tokens$"):
+            LossInputs(
+                segments=Segments(ids=torch.tensor([0, 0, 0]), count=1), **tokens(3, **{name: torch.zeros(wrong)})
+            )
+
+
+def test_a_sample_whose_columns_differ_in_length_is_named():
+    (sample,) = make_group([1.0], group=7)
+    with pytest.raises(ValueError, match="sample 7/0: response, mask, logprobs and versions disagree in length"):
+        replace(sample, logprobs=sample.logprobs[:-1])
