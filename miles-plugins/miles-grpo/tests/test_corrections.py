@@ -58,6 +58,10 @@ def test_tis(correction_inputs, policy, level, how):
     torch.testing.assert_close(outputs.weights.tolist(), expected, atol=1e-10, rtol=1e-10)
     beyond = (outputs.metrics["above"] + outputs.metrics["below"]) > 0
     assert beyond.tolist() == [not (options.low <= r <= 1.2) for r in outputs.metrics["ratio"].tolist()]
+    if how == "mask":
+        assert outputs.metrics["masked"].tolist() == [float(x == 0) for x in expected]
+    else:
+        assert "masked" not in outputs.metrics
 
 
 def test_icepop_is_tis_that_masks_tokens(correction_inputs):

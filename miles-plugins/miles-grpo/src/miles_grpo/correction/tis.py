@@ -24,7 +24,8 @@ from miles_grpo.options import TIS
 
 
 def tis(inputs: CorrectionInputs, options: TIS) -> CorrectionOutputs:
-    """Weights [T]. Metrics: ratio; above and below (1 where the ratio is beyond the bound)."""
+    """Weights [T]. Metrics: ratio; above and below (1 where the ratio is beyond the bound); masked (1 where a token is
+    masked) if that is what happens beyond."""
     difference, segments = log_ratio(inputs, options.policy), inputs.segments
     if options.level == "sequence":
         difference = segments.spread(segments.sum(difference))
@@ -33,7 +34,8 @@ def tis(inputs: CorrectionInputs, options: TIS) -> CorrectionOutputs:
     ratio = bounded_exp(difference)
     above, below = ratio > options.high, ratio < options.low
     weights = ratio.clamp(options.low, options.high)
+    metrics = {"ratio": ratio, "above": above.to(ratio.dtype), "below": below.to(ratio.dtype)}
     if options.how == "mask":
         weights = ratio.masked_fill(above | below, 0.0)
-    metrics = {"ratio": ratio, "above": above.to(ratio.dtype), "below": below.to(ratio.dtype)}
+        metrics["masked"] = (above | below).to(ratio.dtype)
     return CorrectionOutputs(weights=weights, metrics=metrics)
