@@ -71,6 +71,23 @@ def test_a_recipe_teaches(recipe: str, catalog: Catalog, tmp_path: Path, monkeyp
     assert learnt(recipe, (), catalog, tmp_path, monkeypatch) > 0.15
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ('corrections=["icepop"]',),
+        ('corrections=["mis"]',),
+        ('corrections=["opsm"]',),
+        ('corrections=["tis", "mis"]', "loss.old_policy=rollout", "schedule.updates_per_batch=2"),
+        ("loss.old_policy=interpolate", "schedule.max_staleness=1"),
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_arithmetic_takes_corrections_and_other_old_policies(
+    flags: tuple[str, ...], catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert learnt(BASE, tuple(f"stages.rl.{flag}" for flag in flags), catalog, tmp_path, monkeypatch) > 0.15
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_arithmetic_takes_any_loss_by_its_name(
     loss: str, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
