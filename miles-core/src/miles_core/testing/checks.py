@@ -207,8 +207,7 @@ def _recipe_faults(recipe: RecipeSpec) -> Iterator[str]:
 
 
 def options_fit_run_files(plugin: Plugin) -> Iterator[str]:
-    """Options are frozen keyword-only dataclasses of what a run file can say, their defaults survive one, and a key
-    that is none of theirs is refused."""
+    """Options are frozen keyword-only dataclasses that a run file can say; defaults survive, unknown keys do not."""
     for record in plugin.records:
         try:
             options = options_of(record)

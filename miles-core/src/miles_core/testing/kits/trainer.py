@@ -59,8 +59,8 @@ def gives_the_logprobs_of_the_model(subject: Subject[TrainerSpec]) -> Iterator[s
 
 
 def has_the_gradient_of_the_objective(subject: Subject[TrainerSpec]) -> Iterator[str]:
-    """Loss, gradient norm and every element of the gradient are those of plain PyTorch to 1e-5, with the batch in one
-    and with its samples turned round and, where `micro_batch_tokens` is an option, each in a micro-batch of its own."""
+    """Loss, gradient norm and each element of the gradient equal plain PyTorch's to 1e-5, however the batch is cut."""
+    # In one; and with its samples turned round, each a micro-batch if the trainer has the option `micro_batch_tokens`.
     batch, model = _batch(), make_model().double()
     objective = _plain_loss(batch_logprobs(model, batch), batch)
     objective.backward()  # type: ignore[no-untyped-call]
