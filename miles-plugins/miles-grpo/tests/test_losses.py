@@ -149,7 +149,7 @@ def test_on_policy_the_gradient_is_that_of_reinforce(loss_inputs, name):
     outputs = loss(inputs, options)
     weights = segments.spread(1 / segments.sum(torch.ones_like(of_sequence)))
     (gradient,) = torch.autograd.grad((weights * outputs.losses).sum(), inputs.logprobs)
-    torch.testing.assert_close(gradient, -weights * of_sequence)
+    torch.testing.assert_close(gradient, -weights * of_sequence, atol=1e-8, rtol=1e-8)
     assert outputs.metrics["ppo_kl"].abs().max() == 0
 
 
@@ -220,7 +220,7 @@ def test_kl_cov_penalises_the_tokens_of_largest_covariance(loss_inputs):
     for t, (p, q, a) in enumerate(zip(inputs.logprobs, inputs.old_logprobs, inputs.advantages, strict=True)):
         expected.append(-(p - q).exp() * a + (0.7 * (p - q).abs() if t in largest else 0))
     outputs = kl_cov(inputs, WITHIN_BATCH["kl-cov"][1])
-    torch.testing.assert_close(outputs.losses, torch.stack(expected))
+    torch.testing.assert_close(outputs.losses, torch.stack(expected), atol=1e-8, rtol=1e-8)
     assert set(outputs.metrics["kl_cov"].nonzero()[:, 0].tolist()) == largest
 
 
@@ -231,12 +231,12 @@ def test_clip_cov_drops_only_unclipped_tokens_of_the_right_covariance_and_so_man
     dropped = outputs.metrics["clip_cov"] == 1
     assert dropped.sum() == 3
     assert (outputs.losses[dropped] == 0).all()
-    torch.testing.assert_close(outputs.losses[~dropped], plain.losses[~dropped])
+    torch.testing.assert_close(outputs.losses[~dropped], plain.losses[~dropped], atol=1e-8, rtol=1e-8)
     clipped_tokens = plain.metrics["clip_low"] + plain.metrics["clip_high"]
     for t in dropped.nonzero()[:, 0].tolist():
         assert 0.05 < covariances(inputs)[t] < 1.0
         assert clipped_tokens[t] == 0
-    torch.testing.assert_close(clip_cov(inputs, options).losses, outputs.losses)
+    torch.testing.assert_close(clip_cov(inputs, options).losses, outputs.losses, atol=1e-8, rtol=1e-8)
 
 
 # ---- Penalties -----------------------------------------------------------------------------------------------------
@@ -251,8 +251,8 @@ def test_kl_and_entropy_are_penalties(loss_inputs, estimator):
         d = p - r
         kl = {"k1": d, "k2": d * d / 2, "k3": (r - p).exp() - 1 - (r - p), "abs": abs(d)}[estimator]
         expected.append(0.3 * kl - 0.2 * h)
-    torch.testing.assert_close(outputs.penalties, torch.stack(expected))
-    torch.testing.assert_close(outputs.losses, -inputs.advantages * inputs.logprobs)
+    torch.testing.assert_close(outputs.penalties, torch.stack(expected), atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(outputs.losses, -inputs.advantages * inputs.logprobs, atol=1e-8, rtol=1e-8)
 
 
 def test_without_coefficients_there_are_no_penalties(loss_inputs):
@@ -280,7 +280,7 @@ def test_on_policy_k1_and_k3_are_unbiased(estimator):
     logits, _, reference = distributions()
     policy = logits.log_softmax(0).detach()
     _, value = expected_gradient(logits, policy, reference, estimator=estimator, gradient="direct")
-    torch.testing.assert_close(value, (policy.exp() * (policy - reference)).sum())
+    torch.testing.assert_close(value, (policy.exp() * (policy - reference)).sum(), atol=1e-8, rtol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_on_policy_these_gradients_are_those_of_the_true_kl(estimator, gradient)
     policy = logits.log_softmax(0)
     (true,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits, retain_graph=True)
     got, _ = expected_gradient(logits, policy.detach(), reference, estimator=estimator, gradient=gradient)
-    torch.testing.assert_close(got, true)
+    torch.testing.assert_close(got, true, atol=1e-8, rtol=1e-8)
 
 
 @pytest.mark.parametrize(("estimator", "gradient"), [("k3", "k2-weighted"), ("k1", "weighted"), ("k3", "weighted")])
@@ -301,17 +301,17 @@ def test_off_policy_these_gradients_are_those_of_the_true_kl(estimator, gradient
     assert (policy - old).exp().max() < 10
     (true,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits, retain_graph=True)
     got, _ = expected_gradient(logits, old, reference, estimator=estimator, gradient=gradient)
-    torch.testing.assert_close(got, true)
+    torch.testing.assert_close(got, true, atol=1e-8, rtol=1e-8)
 
 
 def test_the_direct_gradient_of_k1_is_zero_and_of_k3_that_of_the_reverse():
     logits, _, reference = distributions()
     policy = logits.log_softmax(0)
     nothing, _ = expected_gradient(logits, policy.detach(), reference, estimator="k1", gradient="direct")
-    torch.testing.assert_close(nothing, torch.zeros_like(nothing))
+    torch.testing.assert_close(nothing, torch.zeros_like(nothing), atol=1e-8, rtol=1e-8)
     (reverse,) = torch.autograd.grad((reference.exp() * (reference - policy)).sum(), logits, retain_graph=True)
     got, _ = expected_gradient(logits, policy.detach(), reference, estimator="k3", gradient="direct")
-    torch.testing.assert_close(got, reverse)
+    torch.testing.assert_close(got, reverse, atol=1e-8, rtol=1e-8)
 
 
 def test_the_clamp_bounds_the_estimate_and_stops_its_gradient():
