@@ -1,6 +1,6 @@
 """The sessions of this repository: `nox` runs what CI runs, `nox -s arithmetic` the main job, `nox -l` lists them all.
 
-All but two sessions share one environment, `.nox/workspace`, because a second copy of torch, transformers and Ray
+Most sessions share one environment, `.nox/workspace`, because a second copy of torch, transformers and Ray
 would cost minutes. To work in it: `nox -s workspace && source .nox/workspace/bin/activate`.
 """
 
@@ -126,7 +126,7 @@ def oracles(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "tests/oracles", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
-@nox.session(default=False, reuse_venv=True, requires=["workspace"])
+@nox.session(reuse_venv=True, requires=["workspace"])
 def sglang(session: nox.Session) -> None:
     """The engine sglang with a real server, without a GPU, in an environment that lies over the workspace's."""
     over_workspace(session)
