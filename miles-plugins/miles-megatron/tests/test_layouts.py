@@ -14,7 +14,7 @@ TWO: dict[str, dict[str, Any]] = {
     "dp2": {},
     "dp2 in small micro-batches": {"micro_batch_tokens": 24},
     "dp2 without the distributed optimizer": {"ddp": {"use_distributed_optimizer": False}},
-    "dp2 overlapped": {"ddp": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+    "dp2 overlapped": {"ddp": {"overlap_grad_reduce": True}},
     "qwen2 tp2": {"parallel": {"tensor_model_parallel_size": 2}},  # divides biases, too
     "tp2 sp": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
     "pp2": {"parallel": {"pipeline_model_parallel_size": 2}, "micro_batch_tokens": 24},

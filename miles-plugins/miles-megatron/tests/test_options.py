@@ -77,6 +77,7 @@ def test_every_reserved_field_exists_in_megatron() -> None:
         ({"checkpoint": {"ckpt_format": "torch"}}, "checkpoint.ckpt_format cannot be set to 'torch': Miles names"),
         ({"checkpoint": {"save_interval": 3}}, "checkpoint.save_interval cannot be set to 3: Miles names, writes and"),
         ({"checkpoint": {"async_sav": True}}, "checkpoint has no option 'async_sav'. Did you mean 'async_save'"),
+        ({"ddp": {"overlap_param_gather": True}}, "overlap_param_gather cannot be set to True: weights are read after every"),
         ({"ddp": {"average_in_collective": True}}, "average_in_collective cannot be set to True: gradients are summed"),
         (
             {"transformer": {"recompute_granularity": "half"}},
@@ -206,6 +207,22 @@ LATENT = dataclasses.replace(DENSE, transformer={**DENSE.transformer, "multi_lat
         (
             DENSE, 1, {"transformer": {"fp8": "hybrid", "transformer_impl": "local"}},
             "fp8 needs Transformer Engine, without which Megatron ignores it",
+        ),
+        (
+            DENSE, 1, {"transformer": {"fp8": "hybrid", "transformer_impl": "transformer_engine"}},
+            "Transformer Engine is not installed",
+        ),
+        (
+            DENSE, 1, {"transformer": {"num_moe_experts": 4}},
+            "num_moe_experts makes another model than config.json describes",
+        ),
+        (
+            DENSE, 1, {"transformer": {"softmax_scale": 0.5}},
+            "softmax_scale makes another model than config.json describes",
+        ),
+        (
+            DENSE, 1, {"transformer": {"q_lora_rank": 8}},
+            "q_lora_rank is for multi-latent attention, which this model does not have",
         ),
         (
             DENSE, 1, {"transformer": {"num_layers": 8}},

@@ -12,6 +12,7 @@ from typing import Any
 
 from miles_core.errors import UserError
 from miles_core.megatron import MegatronModel
+from miles_megatron import surface
 from miles_megatron.options import TrainerOptions
 
 
@@ -77,7 +78,46 @@ def check_model(options: TrainerOptions, model: MegatronModel) -> None:
                 f"trainer.transformer.{name} is {value!r}, but the model's config.json says "
                 f"{model.transformer[name]!r}; leave it out"
             )
+        if name in _ARCHITECTURE and name not in {**model.transformer, **model.defaults}:
+            raise UserError(
+                f"trainer.transformer.{name} makes another model than config.json describes, which does not say it; "
+                "leave it out"
+            )
+        if _for_latent(name) and not model.transformer.get("multi_latent_attention"):
+            raise UserError(f"trainer.transformer.{name} is for multi-latent attention, which this model does not have")
     further_layers(options, model)
+
+
+_ARCHITECTURE = frozenset(
+    [
+        "num_moe_experts",
+        "moe_ffn_hidden_size",
+        "moe_layer_freq",
+        "moe_router_topk",
+        "moe_router_score_function",
+        "moe_shared_expert_intermediate_size",
+        "num_query_groups",
+        "kv_channels",
+        "ffn_hidden_size",
+        "qk_layernorm",
+        "add_bias_linear",
+        "add_qkv_bias",
+        "gated_linear_unit",
+        "normalization",
+        "layernorm_zero_centered_gamma",
+        "rotary_interleaved",
+        "softmax_scale",
+        "softmax_type",
+        "window_size",
+        "window_attn_skip_freq",
+        "experimental_attention_variant",
+    ]
+)
+"""What makes another model, whether config.json mentions it or not."""
+
+
+def _for_latent(name: str) -> bool:
+    return surface.fields("transformer")[name].owner == "MLATransformerConfig"
 
 
 def further_layers(options: TrainerOptions, model: MegatronModel) -> int:
@@ -226,6 +266,11 @@ def _check_routing(fields: Mapping[str, Any]) -> None:
 
 def _check_precision(options: TrainerOptions) -> None:
     implementation = options.transformer.get("transformer_impl", default_implementation())
+    if implementation == "transformer_engine" and find_spec("transformer_engine") is None:
+        raise UserError(
+            "trainer.transformer.transformer_impl: Transformer Engine is not installed: "
+            "pip install 'miles-megatron[te]'"
+        )
     for name in ("fp8", "fp4"):
         if options.transformer.get(name) and implementation != "transformer_engine":
             raise UserError(

@@ -175,13 +175,9 @@ class Passes:
         config.finalize_model_grads_func = _finalize
 
     def overlap(self, ddp: Any) -> None:
-        """Lets gradients and parameters travel while passes run, as DistributedDataParallelConfig says."""
-        for name, asked, method in (
-            ("no_sync_func", ddp.overlap_grad_reduce, "no_sync"),
-            ("param_sync_func", ddp.overlap_grad_reduce and ddp.overlap_param_gather, "start_param_sync"),
-        ):
-            found = [getattr(chunk, method) for chunk in self.chunks] if asked else None
-            setattr(self.config, name, found[0] if found and len(found) == 1 else found)
+        """Lets gradients travel while passes run, if DistributedDataParallelConfig says so."""
+        found = [chunk.no_sync for chunk in self.chunks] if ddp.overlap_grad_reduce else None
+        self.config.no_sync_func = found[0] if found and len(found) == 1 else found
 
     def forward(self, batch: Batch, micros: Sequence[MicroBatch], head: Head | ValueHead) -> list[tuple[Task, Tensor]]:
         """Log-probabilities or values [T] of each micro-batch, without gradient; nothing on all but the last stage's

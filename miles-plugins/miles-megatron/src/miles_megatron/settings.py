@@ -51,7 +51,14 @@ def transformer(options: TrainerOptions, model: MegatronModel, world_size: int) 
         fields = {name: value for name, value in fields.items() if name not in _latent_only()}
     fields["activation_func"] = _FUNCTIONS[fields["activation_func"]]
     cls = MLATransformerConfig if model.transformer.get("multi_latent_attention") else TransformerConfig
-    return _built(cls, fields, "transformer")
+    config = _built(cls, fields, "transformer")
+    if config.virtual_pipeline_model_parallel_size != layout.virtual:
+        raise UserError(
+            "trainer.transformer.pipeline_model_parallel_layout gives each rank "
+            f"{config.virtual_pipeline_model_parallel_size} stages; say so by "
+            "trainer.parallel.virtual_pipeline_model_parallel_size, too"
+        )
+    return config
 
 
 def _latent_only() -> set[str]:
@@ -95,7 +102,6 @@ def optimizer(options: TrainerOptions, reduction: DistributedDataParallelConfig)
         "bf16": half,
         "params_dtype": torch.bfloat16 if half else torch.float32,
         "use_distributed_optimizer": reduction.use_distributed_optimizer,
-        "overlap_param_gather": reduction.overlap_param_gather,
     }
     return _built(OptimizerConfig, fields, "optimizer")
 

@@ -31,9 +31,11 @@ SECTIONS: Mapping[str, tuple[tuple[str, str], ...]] = {
 """Section -> the classes whose fields it holds, by file below the package `megatron`."""
 
 _MODEL = "the model's config.json says it"
-_DTYPE = "follows from transformer.bf16"
+_DTYPE = "follows from parallel.bf16"
 SAVING = "Miles names, writes and keeps checkpoints: [checkpoint]"
 _LOOP = "Miles schedules forward and backward passes"
+_GATHER = "weights are read after every step, to publish and to save them, so they are gathered in it"
+_HEAD = "Miles computes the output layer, log-probabilities and their gradient itself, in chunks"
 _GROUPS = "Miles divides the ranks by tensor, pipeline, context, expert and expert-tensor parallelism alone"
 RESERVED: Mapping[str, Mapping[str, str]] = {
     "transformer": {
@@ -55,7 +57,10 @@ RESERVED: Mapping[str, Mapping[str, str]] = {
         "variable_seq_lengths": "packed micro-batches differ in length",
         "perform_initialization": "weights come from the model folder, or from the run's seed",
         "timers": "an object, not a value",
-        "defer_embedding_wgrad_compute": "Miles computes the output layer and its gradient itself, in chunks",
+        "defer_embedding_wgrad_compute": _HEAD,
+        "cross_entropy_loss_fusion": _HEAD,
+        "cross_entropy_fusion_impl": _HEAD,
+        "deallocate_pipeline_outputs": _LOOP,
         **dict.fromkeys(
             (
                 "expert_gtp_weight_remat_size",
@@ -87,7 +92,8 @@ RESERVED: Mapping[str, Mapping[str, str]] = {
         "bf16": "follows from parallel.bf16",
         "params_dtype": _DTYPE,
         "use_distributed_optimizer": "follows from ddp.use_distributed_optimizer",
-        "overlap_param_gather": "follows from ddp.overlap_param_gather",
+        "overlap_param_gather": _GATHER,
+        "overlap_param_gather_with_optimizer_step": _GATHER,
         "timers": "an object, not a value",
     },
     "scheduler": {
@@ -101,6 +107,7 @@ RESERVED: Mapping[str, Mapping[str, str]] = {
         "use_megatron_fsdp": "Megatron's FSDP is not supported here",
         "use_custom_fsdp": "Megatron's FSDP is not supported here",
         "num_distributed_optimizer_instances": _GROUPS,
+        "overlap_param_gather": _GATHER,
         "average_in_collective": "gradients are summed, never averaged",
         "check_for_nan_in_grad": "Miles checks each step and names the sample",
     },
@@ -125,6 +132,10 @@ RESERVED_VALUES: Mapping[str, Any] = {
     "use_megatron_fsdp": False,
     "use_custom_fsdp": False,
     "defer_embedding_wgrad_compute": False,
+    "cross_entropy_loss_fusion": False,
+    "deallocate_pipeline_outputs": True,
+    "overlap_param_gather": False,
+    "overlap_param_gather_with_optimizer_step": False,
     "expert_gtp_weight_remat_size": 1,
     "gtp_weight_remat_size": 1,
     "hybrid_context_parallel": False,
