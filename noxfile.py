@@ -105,9 +105,10 @@ def types(session: nox.Session) -> None:
         "--no-warn-unused-ignores",
     )  # fmt: skip
     # One run each, because tests of different distributions may have the same module name.
-    for folder in (*(member / "tests" for member in MEMBERS), Path("tests"), Path("docs")):
-        if any(folder.glob("*.py")):
+    for folder in (*(member / "tests" for member in MEMBERS), Path("tests"), *EXAMPLES):
+        if any(folder.rglob("*.py")):
             run(session, "mypy", *lenient, folder)
+    run(session, "mypy", *lenient, "--exclude", "^docs/examples/", "docs")
 
 
 @nox.session(venv_backend="none", requires=["workspace"])

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -298,10 +298,10 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float) -> Any:
     raise AssertionError(f"waited {seconds:g} s for {what}")
 
 
-def apart_from_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def apart_from_times(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Metrics without what the clock says."""
 
-    def timeless(line: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    def timeless(line: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for name, value in line.items():
             if name not in ("time", "tokens_per_second") and not name.startswith("seconds/"):
                 yield name, value

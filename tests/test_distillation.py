@@ -38,7 +38,7 @@ def train(monkeypatch: pytest.MonkeyPatch, text: str, *flags: str) -> list[Any]:
 
 def falls(steps: list[Any]) -> bool:
     """Whether the reverse KL falls to less than a third."""
-    return fmean(step["teacher_kl"] for step in steps[-3:]) < steps[0]["teacher_kl"] / 3
+    return bool(fmean(step["teacher_kl"] for step in steps[-3:]) < steps[0]["teacher_kl"] / 3)
 
 
 STAGES = """

@@ -236,6 +236,7 @@ def taken(site: Any) -> Any:
 
 def test_a_recipe_means_what_its_own_plugin_and_those_that_it_requires_offer(taken: Any, tmp_path: Any) -> None:
     plan = make_plan("arithmetic", (f"folder={tmp_path}",), discover())
+    assert plan.sync is not None
     assert (plan.trainer.plugin, plan.sync.plugin) == ("miles-torch", "miles-torch")
     warm_up, rl = plan.stages
     assert (warm_up.rollout.plugin, rl.loss.plugin, rl.data.plugin) == ("miles-sft", "miles-grpo", "miles-rewards")

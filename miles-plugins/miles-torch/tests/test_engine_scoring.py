@@ -62,7 +62,7 @@ def check(model: Any, requests: Sequence[ScoreRequest], answers: Sequence[Scores
         np.testing.assert_allclose(scores.top_logprobs, top.values, atol=TOLERANCE)
         picked = expected.gather(1, torch.from_numpy(scores.top_tokens.astype(np.int64)))
         np.testing.assert_allclose(picked, top.values, atol=TOLERANCE)
-        assert (scores.logprobs.dtype, scores.top_tokens.dtype) == (np.float32, np.int32)
+        assert (scores.logprobs.dtype.name, scores.top_tokens.dtype.name) == ("float32", "int32")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

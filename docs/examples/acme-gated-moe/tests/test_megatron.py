@@ -40,6 +40,7 @@ class Listener:
 
 
 def policy_gradient(inputs: LossInputs, options: None) -> LossOutputs:
+    assert inputs.advantages is not None
     return LossOutputs(losses=-inputs.logprobs * inputs.advantages, metrics={})
 
 

@@ -89,7 +89,7 @@ def check_model(options: TrainerOptions, model: MegatronModel) -> None:
 
 
 _ARCHITECTURE = frozenset(
-    [
+    {
         "num_moe_experts",
         "moe_ffn_hidden_size",
         "moe_layer_freq",
@@ -111,7 +111,7 @@ _ARCHITECTURE = frozenset(
         "window_size",
         "window_attn_skip_freq",
         "experimental_attention_variant",
-    ]
+    }
 )
 """What makes another model, whether config.json mentions it or not."""
 
