@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from handles_rank import send_as
 from sglang_kit import SharedServer, ask, buckets_of, collect, context_of, layout_of, with_engine
 
 from miles_core.errors import RunError
@@ -127,20 +127,6 @@ def test_what_a_server_has_loaded_otherwise_is_found_out(server: SharedServer, m
     with_engine(server, use)
 
 
-def send_as(rank: int, folder: str, pipe: Any) -> None:
-    """A rank of a trainer of two, in a process of its own."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    context = replace(trainer_context(Path(), 0), rank=rank, world_size=2, layout="colocated")
-    sender = Sender(context, 1)
-    pipe.send(sender.open() if rank == 0 else "")
-    sender.connect()
-    buckets = buckets_of(make_model())
-    nothing = torch.empty(0)
-    sender.send(iter([replace(one, flat=nothing if rank else one.flat.bfloat16()) for one in buckets]))
-    dist.barrier()  # the store ends with rank 0
-    dist.destroy_process_group()
-
-
 def test_each_rank_hands_the_bytes_of_the_first_to_its_rank_of_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +149,9 @@ def test_each_rank_hands_the_bytes_of_the_first_to_its_rank_of_the_server(
     ranks = [processes.Process(target=send_as, args=(rank, str(tmp_path), pipes[rank][1])) for rank in range(2)]
     for rank in ranks:
         rank.start()
-    receiver = Receiver(context_of(tmp_path), 1, pipes[0][0].recv(), layout_of(buckets_of(make_model())))
+    assert pipes[0][0].poll(60), [rank.exitcode for rank in ranks]
+    address = pipes[0][0].recv()
+    receiver = Receiver(context_of(tmp_path), 1, address, layout_of(buckets_of(make_model())))
     receiver.connect()
     receiver._verify = False
     receiver.receive(lambda names, tensors: None)
