@@ -66,7 +66,8 @@ def _records(hook: str, kind: type[S], answers: list[Any]) -> Iterator[S]:
     seen: set[str] = set()
     for record in answers[0]:
         if not isinstance(record, kind):
-            raise RefusedError(f"{hook} gave {type(record).__name__} {record!r:.80}, which is no {kind.__name__}")
+            shown = getattr(record, "name", record)
+            raise RefusedError(f"{hook} gave {type(record).__name__} {shown!r:.80}, which is no {kind.__name__}")
         if record.name in seen:
             raise RefusedError(f"{hook} gave the {kind.kind} {record.name!r} twice")
         seen.add(record.name)
