@@ -220,6 +220,7 @@ def try_template(session: nox.Session, kind: str, folder: Path) -> None:
     def python(*arguments: str) -> None:
         session.run("python", "-m", *arguments, env={"OMP_NUM_THREADS": "1"})
 
+    python("pip", "uninstall", "-qqy", name)  # what a session left that failed
     python("miles_core", "plugins", "new", name, "--kind", kind, "--folder", str(folder))
     with session.chdir(folder):
         python("pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", ".")
