@@ -1,10 +1,13 @@
 """How the samples of a mini-batch become micro-batches: plain numpy, the same on every rank.
 
 Every data-parallel rank gets equally many micro-batches, because pipelines and expert groups run in step, and as few as
-the token budget allows. They are filled evenly: samples go, longest first, to the emptiest micro-batch; where that
-overflows one, each goes to the fullest that still takes it. The micro-batches are then dealt to the ranks so that their
-sums are even too. What depends on no packing is left out: a sample's tokens from its last trained one on, and samples
-without any.
+the token budget allows. Their number is chosen first: the least multiple of the ranks that holds all tokens. Samples
+go, longest first, to the emptiest micro-batch; where the budget does not allow that, each goes to the fullest that
+still takes it. Then samples are exchanged between the fullest and the emptiest until all are even; and once more
+between ranks, to which micro-batches are dealt fullest first. What depends on no packing is left out: a sample's tokens
+from its last trained one on, and samples without any.
+
+How full micro-batches are is so decided by the samples: with n of them and a budget of b, their tokens / (n b).
 
 Context parallelism cuts each sample into 2 C parts, of which rank c holds part c and part 2 C - 1 - c, so that causal
 attention costs every rank the same. Samples are padded at their end to a length that can be cut so.
@@ -15,6 +18,7 @@ Shapes: N tokens of a rank's packed row; T trained tokens among those it predict
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,7 +83,9 @@ def pieces(batch: Batch, samples: Sequence[int], cut: Cut) -> list[Piece]:
 def plan(found: Sequence[Piece], *, budget: int, ranks: int, group: int = 1) -> list[list[MicroBatch]]:
     """The micro-batches of each data-parallel rank, equally many and a multiple of `group`.
 
-    budget: most tokens of a micro-batch, unless one sample alone has more. None at all if there are no pieces.
+    budget: most tokens of a micro-batch, unless one sample alone has more; then that is the budget. None at all if
+    there are no pieces. Every piece is in one micro-batch that counts, and none is over the budget: that always holds.
+    That micro-batches are as few as can be, and their sums even, is found by heuristics and not proved.
     """
     if not found:
         return [[] for _ in range(ranks)]
@@ -89,55 +95,127 @@ def plan(found: Sequence[Piece], *, budget: int, ranks: int, group: int = 1) -> 
     count = step * max(1, -(-total // (budget * step)))
     while (bins := _fill(found, count, budget)) is None:
         count += step
+    dealt = _deal(bins, ranks)
+    _even_ranks(dealt, budget)
     filler = MicroBatch((min(found, key=lambda piece: piece.padded),), dummy=True)
-    return [[MicroBatch(tuple(own)) if own else filler for own in dealt] for dealt in _deal(bins, ranks)]
+    return [[MicroBatch(tuple(own)) if own else filler for own in each] for each in dealt]
 
 
 Bin = list[Piece]
 
+_EVEN = 1e-3
+"""Sums that differ by less, relative to their mean, are left as they are."""
+_TRIES = 8
+"""As many of the emptiest are tried before the fullest is taken for as empty as it can be."""
+
+
+def _load(own: Bin) -> int:
+    return sum(piece.padded for piece in own)
+
 
 def _fill(found: Sequence[Piece], count: int, budget: int) -> list[Bin] | None:
-    """The pieces in `count` bins of at most `budget` tokens, evenly if that can be; None if they do not fit."""
+    """The pieces in `count` bins of at most `budget` tokens, evened out; None if they were not made to fit."""
     ordered = sorted(found, key=lambda piece: (-piece.padded, piece.sample))
-    return _evenly(ordered, count, budget) or _tightly(ordered, count, budget)
+    bins = _emptiest_first(ordered, count)
+    if _even_bins(bins) <= budget:
+        return bins
+    tight = _best_fit(ordered, count, budget)
+    if tight is not None:
+        _even_bins(tight)
+    return tight
 
 
-def _evenly(ordered: Sequence[Piece], count: int, budget: int) -> list[Bin] | None:
+def _emptiest_first(ordered: Sequence[Piece], count: int) -> list[Bin]:
+    """Each piece into the emptiest bin, whatever the budget."""
     bins: list[Bin] = [[] for _ in range(count)]
     loads = [(0, number) for number in range(count)]
     for piece in ordered:
-        load, number = heapq.heappop(loads)
-        if load + piece.padded > budget:
-            return None
+        load, number = loads[0]
         bins[number].append(piece)
-        heapq.heappush(loads, (load + piece.padded, number))
+        heapq.heapreplace(loads, (load + piece.padded, number))
     return bins
 
 
-def _tightly(ordered: Sequence[Piece], count: int, budget: int) -> list[Bin] | None:
-    """Best fit: each to the fullest bin that takes it."""
+def _best_fit(ordered: Sequence[Piece], count: int, budget: int) -> list[Bin] | None:
+    """Each piece into the fullest bin that takes it; None if there is none."""
     bins: list[Bin] = [[] for _ in range(count)]
-    room = np.full(count, budget, dtype=np.int64)
+    rooms = [(budget, number) for number in range(count)]  # ascending
     for piece in ordered:
-        left = room - piece.padded
-        fits = np.flatnonzero(left >= 0)
-        if not len(fits):
+        place = bisect_left(rooms, (piece.padded, 0))
+        if place == count:
             return None
-        number = int(fits[np.argmin(left[fits])])
+        room, number = rooms.pop(place)
         bins[number].append(piece)
-        room[number] -= piece.padded
+        insort(rooms, (room - piece.padded, number))
     return bins
+
+
+def _even_bins(bins: list[Bin]) -> int:
+    """Exchanges pieces of the fullest bin for pieces of an emptier one while that helps: no bin gets fuller than the
+    fullest was. Gives the sum of the fullest."""
+    ascending = sorted((_load(own), number) for number, own in enumerate(bins))
+    least = _EVEN * sum(load for load, _ in ascending) / len(bins)
+    for _ in range(4 * len(bins)):  # in practice it ends long before
+        most, fullest = ascending[-1]
+        for place, (load, number) in enumerate(ascending[:_TRIES]):
+            gap = most - load
+            if gap > least and (moved := _exchange(bins[fullest], bins[number], gap, room=gap)):
+                del ascending[-1], ascending[place]
+                insort(ascending, (most - moved, fullest))
+                insort(ascending, (load + moved, number))
+                break
+        else:
+            break
+    return ascending[-1][0]
+
+
+def _exchange(fuller: Bin, emptier: Bin, gap: int, room: int) -> int:
+    """Moves a piece, or exchanges two, so that about half of `gap`, and at most `room`, goes over. Gives how much, 0
+    if nothing makes the gap smaller."""
+    own = np.array([piece.padded for piece in fuller])
+    other = np.array([piece.padded for piece in emptier] + [0] * (len(fuller) > 1))  # 0: for nothing
+    if not len(own) or not len(other):
+        return 0
+    more = np.subtract.outer(own, other)
+    helps = (more > 0) & (more < gap) & (more <= room)
+    if not helps.any():
+        return 0
+    best = int(np.where(helps, np.abs(2 * more - gap), np.iinfo(np.int64).max).argmin())
+    here, there = divmod(best, len(other))
+    piece = fuller.pop(here)
+    if there < len(emptier):
+        fuller.append(emptier.pop(there))
+    emptier.append(piece)
+    return int(more[here, there])
 
 
 def _deal(bins: Sequence[Bin], ranks: int) -> list[list[Bin]]:
     """Equally many bins to each rank, fullest first, each to the rank with least among those with fewest."""
     dealt: list[list[Bin]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
-    for own in sorted(bins, key=lambda own: -sum(piece.padded for piece in own)):
+    for own in sorted(bins, key=_load, reverse=True):
         rank = min(range(ranks), key=lambda each: (len(dealt[each]), loads[each]))
         dealt[rank].append(own)
-        loads[rank] += sum(piece.padded for piece in own)
+        loads[rank] += _load(own)
     return dealt
+
+
+def _even_ranks(dealt: Sequence[list[Bin]], budget: int) -> None:
+    """The same for ranks, between bins of the fullest and of the emptiest: a sample that fills a bin by itself makes
+    its rank fuller than all others, and room in that rank's other bins makes up for it."""
+    loads = np.array([sum(map(_load, own)) for own in dealt])
+    for _ in range(4 * len(dealt)):
+        fullest, emptiest = int(loads.argmax()), int(loads.argmin())
+        gap = int(loads[fullest] - loads[emptiest])
+        if gap <= _EVEN * loads.mean():
+            return
+        for own, other in zip(dealt[fullest], dealt[emptiest], strict=True):
+            if moved := _exchange(own, other, gap, room=budget - _load(other)):
+                loads[fullest] -= moved
+                loads[emptiest] += moved
+                break
+        else:
+            return
 
 
 @dataclass(frozen=True)
