@@ -18,7 +18,7 @@ from sglang_kit import SharedServer, ask, buckets_of, collect, layout_of, with_e
 from miles_core.errors import RunError
 from miles_core.roles import Bucket, BucketLayout
 from miles_core.testing.models import make_model, response_logprobs, trainer_context
-from miles_sglang import tagging
+from miles_sglang import loading
 from miles_sglang.engine import SglangEngine
 from miles_sglang.sync import Receiver, Sender
 
@@ -106,7 +106,7 @@ def test_weights_that_arrive_otherwise_than_they_were_sent_are_found_out(
     async def use(engine: SglangEngine) -> None:
         ends = await meet(engine)
         # Of the trainer only: the server is a process of its own.
-        monkeypatch.setattr(tagging, "checksum", lambda flat: hashlib.blake2b(b"something else").hexdigest())
+        monkeypatch.setattr(loading, "checksum", lambda flat: hashlib.blake2b(b"something else").hexdigest())
         with pytest.raises(RunError, match=r"what arrived of model.embed_tokens.weight … at engine 0 is not what the"):
             await publish(engine, ends, make_model(), 1)
         await engine.resume()

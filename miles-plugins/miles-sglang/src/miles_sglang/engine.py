@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import itertools
 import json
 import pickle
+import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,14 +44,25 @@ _PAUSES: Mapping[str, str] = {"retract": "retract", "in-place": "in_place"}
 
 @dataclass(eq=False)
 class _Call:
-    """A request on its way. ids: what the server knows its parts by; ended: it was aborted; done: it is answered; sent:
-    the server may have it."""
+    """A request on its way. ids: what the server knows its parts by, one a seed; parts: those that are finished; sent:
+    the server may have it; answer: id and completions of the request, or why there are none."""
 
     request: Request
     ids: tuple[str, ...]
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    done: asyncio.Event = field(default_factory=asyncio.Event)
+    answer: asyncio.Future[tuple[str, list[Completion]]]
+    parts: dict[str, Completion] = field(default_factory=dict)
     sent: bool = False
+
+    def finish(self, rid: str, completion: Completion) -> None:
+        """Takes a part; the last one completes the answer."""
+        self.parts[rid] = completion
+        if len(self.parts) == len(self.ids) and not self.answer.done():
+            self.answer.set_result((self.request.id, [self.parts[rid] for rid in self.ids]))
+
+    def fail(self, error: Exception) -> None:
+        """There will be no answer, if there is none yet."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 class SglangEngine:
@@ -62,11 +77,12 @@ class SglangEngine:
         self.version = -1
         self.server = Server(options.server, context)
         self._session: Any = None
+        self._orjson: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._vocabulary = _vocabulary(context.model)
         self._open = asyncio.Event()
         self._calls: dict[_Call, None] = {}
-        self._counter = itertools.count()
+        self._counter, self._name = itertools.count(), secrets.token_hex(4)
         self._tasks: set[asyncio.Task[None]] = set()
         self._server_paused = self._new_weights = False
         self._asleep: list[str] = []
@@ -76,7 +92,8 @@ class SglangEngine:
 
     async def start(self) -> None:
         """Starts the server; unless they are frozen, its weights have to be published before anything generates."""
-        http = import_extra("aiohttp", needed_by="engine 'sglang'", install="miles-sglang[engine]")
+        extra = partial(import_extra, needed_by="engine 'sglang'", install="miles-sglang[engine]")
+        http, self._orjson = extra("aiohttp"), extra("orjson")
         await self.server.start()
         self._loop = asyncio.get_running_loop()
         self._session = http.ClientSession(connector=http.TCPConnector(limit=0), timeout=http.ClientTimeout(total=None))
@@ -101,19 +118,35 @@ class SglangEngine:
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         """What the server answers. `UserError` with its own words if it refuses."""
+        async with self._answer(path, body) as answer:
+            return _json(await answer.text())
+
+    async def _events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
+        """What the server answers, event by event."""
+        async with self._answer(path, body) as answer:
+            async for line in _lines(answer.content.iter_any()):
+                if line.startswith(b"data: {"):
+                    event = self._orjson.loads(line[len(b"data: ") :])
+                    if "error" in event:
+                        raise UserError(f"SGLang refuses /{path}: {_message(event)}")
+                    yield event
+
+    @contextlib.asynccontextmanager
+    async def _answer(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[Any]:
+        """The server's answer, unless it is an error."""
         assert self._session is not None, "start first"
         import aiohttp
 
         try:
             async with self._session.post(f"{self.server.url}/{path}", json=body) as answer:
-                text = await answer.text()
                 if answer.status == 400:
-                    raise UserError(f"SGLang refuses /{path}: {_message(text)}")
+                    raise UserError(f"SGLang refuses /{path}: {_message(_json(await answer.text()))}")
                 if answer.status != 200:
+                    text = await answer.text()
                     raise RunError(f"{self.server.name}: SGLang answers /{path} with {answer.status}: {text[:2000]}")
+                yield answer
         except aiohttp.ClientError as error:
             raise await self._lost(path, error) from error
-        return _json(text)
 
     async def _lost(self, path: str, error: Exception) -> RunError:
         """Why the server does not answer: in most cases it has ended, or is about to."""
@@ -157,34 +190,60 @@ class SglangEngine:
 
     async def _stream(self, requests: Sequence[Request]) -> AsyncIterator[tuple[str, list[Completion]]]:
         calls = [self._call(request) for request in requests]
-        tasks = [asyncio.create_task(self._run(call)) for call in calls]
+        self._spawn(self._run(calls))
         try:
-            for done in asyncio.as_completed(tasks):
+            for done in asyncio.as_completed([call.answer for call in calls]):
                 yield await done
         finally:
-            self._end([call for call in calls if call in self._calls])
-            await asyncio.gather(*tasks, return_exceptions=True)
+            self._end(left := [call for call in calls if not call.answer.done()])
+            await asyncio.gather(*(call.answer for call in left), return_exceptions=True)
 
     def _call(self, request: Request) -> _Call:
-        # The server aborts every request whose id begins with the given one: none may begin with another.
-        call = _Call(request, tuple(f"{next(self._counter)}." for _ in request.seeds))
+        # The server aborts every request whose id begins with the given one, and after an answer all ids that were in
+        # it once more: none may begin with another, or come again.
+        ids = tuple(f"{self._name}-{next(self._counter)}." for _ in request.seeds)
+        call = _Call(request, ids, asyncio.get_running_loop().create_future())
         self._calls[call] = None
+        call.answer.add_done_callback(lambda _: self._over(call))
         return call
 
-    async def _run(self, call: _Call) -> tuple[str, list[Completion]]:
-        """Waits for the weights, and for the end of a pause; then asks the server."""
-        request = call.request
+    def _over(self, call: _Call) -> None:
+        del self._calls[call]
+        if call.sent:
+            self._clock.change(running=-1)
+
+    async def _run(self, calls: Sequence[_Call]) -> None:
+        """Waits for the weights, and for the end of a pause; then asks the server for all of them at once: one by one,
+        hundreds of them would reach its scheduler in many small batches."""
+        error: Exception = RunError(f"{self.server.name}: no answer of SGLang any more (log: {self.server.log})")
         try:
-            await _first(self._open.wait(), call.ended.wait())
-            if call.ended.is_set():
-                return request.id, [_nothing() for _ in call.ids]
-            call.sent = True
-            with self._clock:
-                answers = await self._post("generate", _question(call, self.context.max_tokens))
-            return request.id, [_completion(answer) for answer in answers]
-        finally:
-            del self._calls[call]
-            call.done.set()
+            await self._open.wait()
+            if left := [call for call in calls if not call.answer.done()]:
+                for call in left:
+                    call.sent = True
+                self._clock.change(running=len(left))
+                await self._ask(left)
+        except Exception as raised:
+            error = raised
+        finally:  # who still waits hears of it
+            for call in calls:
+                call.fail(error)
+
+    async def _ask(self, calls: Sequence[_Call]) -> None:
+        """Each part is answered when it is finished."""
+        owners = {rid: call for call in calls for rid in call.ids}
+        question = _question(calls, self.context.max_tokens)
+        async with contextlib.aclosing(self._events("generate", question)) as answers:
+            async for answer in answers:
+                info = answer["meta_info"]
+                call, ended = owners[info["id"]], info["finish_reason"]
+                if ended is None:  # only the first token
+                    continue
+                if code := ended.get("status_code"):  # it is the server that has aborted it
+                    kind = UserError if code == HTTPStatus.BAD_REQUEST else RunError
+                    call.fail(kind(f"{self.server.name}: SGLang refuses a request: {ended.get('message')}"))
+                else:
+                    call.finish(info["id"], _completion(answer))
 
     # ---- Aborting and pausing ------------------------------------------------------------------------------------
 
@@ -194,18 +253,23 @@ class SglangEngine:
         self._end([call for call in self._calls if wanted is None or call.request.id in wanted])
 
     def _end(self, calls: Sequence[_Call]) -> None:
-        if not calls:
-            return
-        task = asyncio.create_task(self._insist(calls))
+        """Those that the server does not have yet end at once."""
+        for call in calls:
+            if not call.sent:
+                for rid in call.ids:
+                    call.finish(rid, _nothing())
+        if sent := [call for call in calls if call.sent]:
+            self._spawn(self._insist(sent))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _insist(self, calls: Sequence[_Call]) -> None:
         """Tells the server to end them until they have ended."""
-        for call in calls:
-            call.ended.set()
-        while left := [call for call in calls if call in self._calls]:
-            for rid in (rid for call in left if call.sent for rid in call.ids):
+        while left := [rid for call in calls if not call.answer.done() for rid in call.ids if rid not in call.parts]:
+            for rid in left:
                 await self._post("abort_request", {"rid": rid})
             await asyncio.sleep(INSIST_S)
 
@@ -216,13 +280,12 @@ class SglangEngine:
             await self._post("pause_generation", {"mode": _PAUSES[mode]})
             self._server_paused = True
             await self._tell(-1)  # answered once the pause is in effect
-            self._clock.pause()
+            self._clock.change(paused=True)
             return
         sent = [call for call in self._calls if call.sent]
         if mode == "abort":
             self._end(sent)
-        for call in sent:
-            await call.done.wait()
+        await asyncio.gather(*(call.answer for call in sent), return_exceptions=True)
 
     async def resume(self) -> None:
         """Goes on, with the weights that are loaded."""
@@ -232,7 +295,7 @@ class SglangEngine:
         if self._server_paused:
             await self._post("continue_generation", {"torch_empty_cache": False})
             self._server_paused = False
-        self._clock.resume()
+        self._clock.change(paused=False)
         if self.version >= 0:
             self._open.set()
 
@@ -291,7 +354,7 @@ class SglangEngine:
 
 
 class _Clock:
-    """Seconds in which something was to be done and no pause held it up: `with clock:` around each thing to do."""
+    """Seconds in which something was to be done and no pause held it up."""
 
     def __init__(self) -> None:
         self._seconds, self._since = 0.0, 0.0
@@ -299,28 +362,14 @@ class _Clock:
 
     @property
     def seconds(self) -> float:
-        return self._seconds + (time.perf_counter() - self._since if self._ticks else 0.0)
+        ticks = self._running > 0 and not self._paused
+        return self._seconds + (time.perf_counter() - self._since if ticks else 0.0)
 
-    @property
-    def _ticks(self) -> bool:
-        return self._running > 0 and not self._paused
-
-    def _change(self, *, running: int = 0, paused: bool | None = None) -> None:
+    def change(self, *, running: int = 0, paused: bool | None = None) -> None:
+        """So many more, or fewer, things are to be done; or a pause begins or ends."""
         self._seconds, self._since = self.seconds, time.perf_counter()
         self._running += running
         self._paused = self._paused if paused is None else paused
-
-    def __enter__(self) -> None:
-        self._change(running=1)
-
-    def __exit__(self, *error: object) -> None:
-        self._change(running=-1)
-
-    def pause(self) -> None:
-        self._change(paused=True)
-
-    def resume(self) -> None:
-        self._change(paused=False)
 
 
 def _vocabulary(folder: Path) -> int:
@@ -332,37 +381,44 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
-async def _first(*waits: Any) -> None:
-    """Returns when one of them does, and gives the others up."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The lines of an answer, which may be longer than any buffer."""
+    parts: list[bytes] = []
+    async for chunk in chunks:
+        head, *more = chunk.split(b"\n")
+        parts.append(head)
+        for start in more:
+            yield b"".join(parts)
+            parts = [start]
 
 
-def _question(call: _Call, max_tokens: int) -> dict[str, Any]:
-    """The body of `/generate`: the parts of a call as one batch."""
-    tokens = call.request.tokens.tolist()
+def _question(calls: Sequence[_Call], max_tokens: int) -> dict[str, Any]:
+    """The body of `/generate`: the parts of all calls as one batch, each answered when it is finished."""
+    parts = [
+        (call.request, rid, seed) for call in calls for rid, seed in zip(call.ids, call.request.seeds, strict=True)
+    ]
+    tokens = {id(call.request): call.request.tokens.tolist() for call in calls}
     return {
-        "rid": list(call.ids),
-        "input_ids": [tokens] * len(call.ids),
+        "rid": [rid for _, rid, _ in parts],
+        "input_ids": [tokens[id(request)] for request, _, _ in parts],
         "sampling_params": [
-            _sampling(call.request.sampling, seed, max_tokens - len(tokens)) for seed in call.request.seeds
+            _sampling(request.sampling, seed, max_tokens - len(request.tokens)) for request, _, seed in parts
         ],
         "return_logprob": True,
+        "stream": True,
     }
 
 
 def _sampling(sampling: Sampling, seed: int, room: int) -> dict[str, Any]:
     """SGLang's parameters. Its log-probabilities are those of the softmax at the temperature, before top-k and top-p,
     and at temperature 0 those at 1: just what `Sampling` says, so nothing has to be corrected."""
+    longest = min(sampling.max_new_tokens, room)
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or -1,
-        "max_new_tokens": min(sampling.max_new_tokens, room),
+        "max_new_tokens": longest,
+        "stream_interval": longest + 1,  # nothing between the first token and the end
         "stop": list(sampling.stop),
         "stop_token_ids": list(sampling.stop_token_ids),
         "no_stop_trim": True,
@@ -395,13 +451,12 @@ def _nothing() -> Completion:
     return Completion(tokens=empty, logprobs=np.zeros(0, np.float32), versions=empty, status="aborted")
 
 
-def _message(text: str) -> str:
+def _message(answer: Any) -> str:
     """What an answer of the server says is wrong."""
     try:
-        answer = _json(text)
         return str(answer.get("error", answer).get("message", answer))
-    except (ValueError, AttributeError):
-        return text
+    except AttributeError:
+        return str(answer)
 
 
 def _json(text: str) -> Any:

@@ -33,7 +33,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from miles_core.errors import RunError
 from miles_core.roles import Bucket, BucketLayout, EngineContext, TrainerContext
-from miles_sglang import tagging
+from miles_sglang import loading
 from miles_sglang.server import Server, beside
 from miles_sglang.sync import ask, join, listen
 
@@ -152,7 +152,7 @@ class Sender:
                 flat = self._whole(bucket, number)
                 raw = flat.view(torch.uint8)
                 handle: Handle = GpuHandle(raw) if raw.is_cuda else HostHandle(raw)
-                checksum = tagging.checksum(raw) if self._context.verify else "-"
+                checksum = loading.checksum(raw) if self._context.verify else "-"
                 payload = base64.b64encode(parcel(bucket, flat.dtype, handle)).decode()
                 self._store.set(self._key("handle", number), f"{checksum} {payload}")
                 del bucket, flat, raw

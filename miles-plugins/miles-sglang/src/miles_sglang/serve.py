@@ -12,9 +12,10 @@ import os
 import signal
 import threading
 
-from miles_sglang import cpu, tagging
+from miles_sglang import cpu, loading, tagging
 
 cpu.install()
+loading.register()
 tagging.register()
 
 

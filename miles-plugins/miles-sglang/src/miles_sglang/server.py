@@ -19,7 +19,7 @@ from typing import Any
 
 from miles_core.errors import RunError, UserError
 from miles_core.roles import EngineContext
-from miles_sglang import cpu, surface, tagging
+from miles_sglang import cpu, loading, surface
 
 TESTED = "0.5.17"
 """The version of SGLang that this plugin works with: it stands on parts that other versions may lack."""
@@ -69,7 +69,7 @@ def _environment(context: EngineContext) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     if context.verify:
-        own[tagging.VERIFY] = "1"
+        own[loading.VERIFY] = "1"
     if context.sleeps and context.gpus:  # the memory saver is loaded before PyTorch, and needs a library that it brings
         own["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [*_cuda_folders(), os.environ.get("LD_LIBRARY_PATH")]))
     if not context.gpus:

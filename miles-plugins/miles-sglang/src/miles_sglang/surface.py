@@ -37,6 +37,7 @@ RESERVED: Mapping[str, str] = {
     "dp_size": "set engine.count",
     "api_key": "servers listen on loopback only",
     "admin_api_key": "servers listen on loopback only",
+    "incremental_streaming_output": "responses are taken whole",
     "stream_interval": "responses are taken whole",
 }
 """Fields that Miles sets or does without, each with the reason."""

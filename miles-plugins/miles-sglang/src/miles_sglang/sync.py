@@ -25,7 +25,7 @@ from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_proces
 
 from miles_core.errors import RunError
 from miles_core.roles import Bucket, BucketLayout, EngineContext, TrainerContext
-from miles_sglang import tagging
+from miles_sglang import loading
 from miles_sglang.server import Server, beside
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Sender:
             assert self._group is not None, "connect first"
             flat = bucket.flat.contiguous().view(torch.uint8)
             if self._context.verify:
-                self._store.set(f"checksum {self._transfers}/{number}", tagging.checksum(flat))
+                self._store.set(f"checksum {self._transfers}/{number}", loading.checksum(flat))
             try:
                 dist.broadcast(flat.cuda() if self._context.gpus else flat.cpu(), src=0, group=self._group)
             except RuntimeError as error:

@@ -10,8 +10,6 @@ that belongs to the weights it began with (`extra_key`), so new weights need no 
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,13 +20,7 @@ IDLE = -2
 INFO = "weight_versions"
 """The name under which a response has the version of each of its tokens."""
 
-VERIFY = "MILES_SGLANG_VERIFY"
-"""The environment variable that makes the server say the checksum of every bucket that has arrived."""
-
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
-_BUCKET = "sglang.srt.weight_sync.tensor_bucket.FlattenedTensorBucket"
-_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
-_checksum = ""
 _version = 0
 _publishes = 0
 """How often there were new weights: names the part of the cache, because two weights may have one version."""
@@ -41,10 +33,6 @@ def register() -> None:
     HookRegistry.register(f"{_SCHEDULER}.set_internal_state", _set_version, HookType.AROUND)
     HookRegistry.register(f"{_SCHEDULER}._add_request_to_queue", _enter_queue, HookType.BEFORE)
     HookRegistry.register(f"{_SCHEDULER}.run_batch", _run_batch, HookType.AROUND)
-    if os.environ.get(VERIFY):
-        HookRegistry.register(f"{_BUCKET}.reconstruct_tensors", _note_checksum, HookType.BEFORE)
-        for method in ("_update_bucketed_weights_from_distributed", "_update_weights_from_flattened_bucket"):
-            HookRegistry.register(f"{_UPDATER}.{method}", _say_checksum, HookType.AFTER)
 
 
 def _set_version(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
@@ -73,18 +61,3 @@ def _run_batch(original: Callable[..., Any], scheduler: Any, batch: Any, *rest: 
     if output is not None:
         output.customized_info = {**(output.customized_info or {}), INFO: [version] * requests}
     return result
-
-
-def checksum(flat: Any) -> str:
-    """Of the bytes of a tensor of bytes."""
-    return hashlib.blake2b(flat.cpu().numpy()).hexdigest()
-
-
-def _note_checksum(bucket: Any) -> None:
-    global _checksum
-    _checksum = checksum(bucket.flattened_tensor)
-
-
-def _say_checksum(result: tuple[bool, str], *rest: Any, **named: Any) -> tuple[bool, str]:
-    success, message = result
-    return success, f"{message} checksum={_checksum}"
