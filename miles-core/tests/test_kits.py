@@ -230,10 +230,34 @@ def test_corrections(monkeypatch: pytest.MonkeyPatch, correction: Any, rules: se
     assert set(broken(monkeypatch, CorrectionSpec, correction)) == rules
 
 
+def bounded_where_it_costs(inputs: CorrectionInputs, options: Options) -> CorrectionOutputs:
+    """With `kl_coef` on, it reads the advantages."""
+    weights = ratio(inputs, options).weights
+    if options.kl_coef:
+        assert inputs.advantages is not None
+        weights = weights.where(inputs.advantages > 0, weights.clamp(max=1))
+    return CorrectionOutputs(weights=weights)
+
+
+SWITCHED: Mapping[str, Any] = {"needs_if": {"advantages": "kl_coef"}}
+
+
 def test_a_correction_must_use_the_advantages_that_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     needs = frozenset({"advantages", "old_logprobs", "rollout_logprobs"})
     found = broken(monkeypatch, CorrectionSpec, ratio, needs=needs)
-    assert found == {"needs_exactly_what_it_reads": ("it needs advantages, and they make no difference",)}
+    fault = "with everything optional off, it needs advantages, and they make no difference"
+    assert found == {"needs_exactly_what_it_reads": (fault,)}
+    found = broken(monkeypatch, CorrectionSpec, ratio, **SWITCHED)
+    fault = "with kl_coef on, it needs advantages, and they make no difference"
+    assert found == {"needs_exactly_what_it_reads": (fault,)}
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_a_correction_gets_advantages_where_an_option_makes_it_need_them(
+    monkeypatch: pytest.MonkeyPatch, kl_coef: float
+) -> None:
+    example = Example(options={"kl_coef": kl_coef})
+    assert broken(monkeypatch, CorrectionSpec, bounded_where_it_costs, example, **SWITCHED) == {}
 
 
 # ---- Advantages -----------------------------------------------------------------------------------------------------

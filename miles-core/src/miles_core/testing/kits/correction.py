@@ -14,8 +14,10 @@ from miles_core.testing.kits.tokens import (
     TOLERANCE,
     Tokens,
     TwoRanks,
+    configurations,
     halves,
     make_tokens,
+    needed,
 )
 from miles_core.testing.subject import Subject
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EVERYTHING = range(len(LENGTHS))
+READABLE = frozenset({"advantages", "old_logprobs", "rollout_logprobs"})
+"""Token columns that become a field of `CorrectionInputs`."""
 
 
 def gives_a_weight_for_each_token(subject: Subject[CorrectionSpec]) -> Iterator[str]:
@@ -66,17 +70,19 @@ def does_not_depend_on_packing(subject: Subject[CorrectionSpec]) -> Iterator[str
 
 
 def needs_exactly_what_it_reads(subject: Subject[CorrectionSpec]) -> Iterator[str]:
-    """Columns that the record does not say it needs make no difference; advantages, if it does, are read."""
-    tokens = make_tokens()
-    given = _call(subject, tokens, EVERYTHING, all_columns=True).weights
-    if not _call(subject, tokens, EVERYTHING).weights.equal(given):
-        yield "the weights depend on the advantages, which its record does not say it needs"
-    if "advantages" in subject.spec.needs:
-        turned = replace(tokens, columns={**tokens.columns, "advantages": -tokens.columns["advantages"]})
-        if given.equal(_call(subject, turned, EVERYTHING).weights):
-            yield "it needs advantages, and they make no difference"
-    if unknown := subject.spec.needs - {"advantages", "old_logprobs", "rollout_logprobs"}:
-        yield f"it needs {', '.join(sorted(unknown))}, which no correction can read"
+    """Columns that the record does not say it needs make no difference; advantages, where it does, are read."""
+    spec, tokens = subject.spec, make_tokens()
+    for column in sorted((spec.needs | frozenset(spec.needs_if)) - READABLE):
+        yield f"it needs {column}, which no correction can read"
+    for label, changes, declared in configurations(subject):
+        alone = _call(subject, tokens, EVERYTHING, **changes).weights
+        given = _call(subject, tokens, EVERYTHING, everything=True, **changes).weights
+        if not alone.equal(given):
+            yield f"{label}, the weights depend on the advantages, which its record does not say it needs"
+        if "advantages" in declared:
+            turned = replace(tokens, columns={**tokens.columns, "advantages": -tokens.columns["advantages"]})
+            if given.equal(_call(subject, turned, EVERYTHING, **changes).weights):
+                yield f"{label}, it needs advantages, and they make no difference"
 
 
 def is_a_pure_function(subject: Subject[CorrectionSpec]) -> Iterator[str]:
@@ -100,11 +106,12 @@ def _inputs(tokens: Tokens, rows: Tensor, segments: Segments, *, advantages: boo
 
 
 def _call(
-    subject: Subject[CorrectionSpec], tokens: Tokens, samples: Any, *, all_columns: bool = False
+    subject: Subject[CorrectionSpec], tokens: Tokens, samples: Any, *, everything: bool = False, **changes: Any
 ) -> CorrectionOutputs:
-    advantages = all_columns or "advantages" in subject.spec.needs
+    """What it gives with the example's options and `changes`; advantages if it needs them, or if it gets everything."""
+    advantages = everything or "advantages" in needed(subject, changes)
     inputs = _inputs(tokens, tokens.rows(samples), tokens.segments(samples), advantages=advantages)
-    outputs = subject.target(inputs, subject.options())
+    outputs = subject.target(inputs, subject.options(**changes))
     if not isinstance(outputs, CorrectionOutputs):
         raise TypeError(f"it gave a {type(outputs).__name__}; it must give CorrectionOutputs")
     return outputs
@@ -120,7 +127,7 @@ def _spread(tokens: Tokens, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 def _on_two_ranks(subject: Subject[CorrectionSpec], tokens: Tokens) -> list[tuple[Tensor, Tensor]]:
     options, split = subject.options(), halves(tokens)
-    advantages = "advantages" in subject.spec.needs
+    advantages = "advantages" in needed(subject, {})
 
     def rank(number: int, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         rows, ids = split[number]
