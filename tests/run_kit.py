@@ -68,9 +68,9 @@ class Broken:
 
 
 class Probe:
-    """What MILES_PROBE says: pause: step after whose checkpoint the driver waits, and for how many seconds; pause_step:
+    """What MILES_PROBE says: pause: step after whose checkpoint the driver waits until it is told to go on; pause_step:
     the same after a step, before its checkpoint; raise: the hooks that raise; full_disk: step after which trainer rank
-    0 cannot write large files."""
+    0 cannot write large files; starts: how often the engines of these names may start."""
 
     def __init__(self, options):
         self.orders = json.loads(os.environ.get("MILES_PROBE", "{}"))
@@ -95,9 +95,10 @@ class Probe:
         self.pause("pause", step)
 
     def pause(self, order, step):
-        if self.orders.get(order, [0])[0] == step:
+        if self.orders.get(order) == step:
             self.note("paused", step=step)
-            time.sleep(self.orders[order][1])
+            while not (self.folder / f"go on after {step}").exists():
+                time.sleep(0.05)
 
     def run_failed(self, run, error):
         self.note("ended", hook="run_failed", error=str(error))
@@ -120,7 +121,11 @@ class Probe:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
     def engine_started(self, context):
-        self.note("members", role=f"engine {context.index}")
+        role = f"engine {context.index}"
+        self.note("members", role=role)
+        starts = (self.folder / "members.jsonl").read_text().count(role)
+        if starts > self.orders.get("starts", {}).get(role, starts):
+            raise ArithmeticError(f"the probe does not let {role} start")
 '''
 
 MODEL = """
@@ -272,6 +277,10 @@ class Miles:
 
         found: dict[str, Any] = wait_for(noted, f"{name} {values}", 240.0)
         return found
+
+    def go_on(self, step: int) -> None:
+        """Ends the pauses of this step."""
+        (self.folder / f"go on after {step}").touch()
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""

@@ -8,7 +8,8 @@ A prompt goes to the engine that has its beginning in its cache (`miles_core.clu
 much more to do than another, and else to the engine with the least to do. All samples of one call stay together.
 
 An engine that fails is taken out, and what it owes is asked of the others, once: what fails a second time is told to
-who waits for it. The last engine is not taken out. What is wrong with a request (`UserError`) is told at once.
+who waits for it. Without any engine, requests wait for one to come back. What is wrong with a request (`UserError`) is
+told at once.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ class _Call:
 
 @dataclass
 class _Engine:
-    """One engine and what it works on. lost: why it was taken out, None while it is not."""
+    """One engine and what it works on. before: the `busy_seconds` of those in whose place it has come; lost: why it was
+    taken out, None while it is not."""
 
     member: Member
+    before: float = 0.0
     waiting: dict[str, _Call] = field(default_factory=dict)
     busy_seconds: float = 0.0
     heard: float = 0.0
@@ -92,6 +95,17 @@ class EnginePool:
         self._told |= new.keys()
         return dict(dead) | new
 
+    def come_back(self, engines: Sequence[tuple[str, Any, Path]]) -> None:
+        """These come in the place of those of their names, which were taken out."""
+        places = {engine.member.name: place for place, engine in enumerate(self._engines)}
+        for member in (Member(*engine) for engine in engines):
+            place = places[member.name]
+            before = self._engines[place].busy_seconds
+            self._engines[place] = _Engine(member, before=before, busy_seconds=before)
+            self._told.discard(member.name)
+        if self._queue:
+            asyncio.get_running_loop().call_soon(self._flush)
+
     async def generate(self, tokens: IntArray, seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
         """One completion per seed, in their order; asked again for as long as a publish aborts them."""
         while True:
@@ -132,7 +146,9 @@ class EnginePool:
             self._fail(engine, translated(error, engine.member, "abort"))
 
     def _flush(self) -> None:
-        """Sends what was asked for in this turn."""
+        """Sends what was asked for in this turn, or since there was an engine."""
+        if all(engine.lost is not None for engine in self._engines):
+            return
         shares: dict[int, list[Request]] = {}
         queue, self._queue = self._queue, []
         for call in queue:
@@ -176,6 +192,7 @@ class EnginePool:
         try:
             while engine.waiting:
                 finished, busy_seconds = await engine.member.actor.take.remote(POLL_S)
+                busy_seconds += engine.before
                 for name, result in finished:
                     self._deliver(engine, name, result)
                 self._check_silence(engine, bool(finished) or busy_seconds > engine.busy_seconds)
@@ -210,16 +227,15 @@ class EnginePool:
             )
 
     def _fail(self, engine: _Engine, error: BaseException) -> None:
-        """The engine is taken out and the others get its work; if it is the last one, everyone who waits hears why."""
+        """The engine is taken out and others get its work; what has failed before is told to who waits for it."""
         calls = list(engine.waiting.values())
         engine.waiting.clear()
-        last = not self._others(engine)
-        if not last and engine.lost is None:
+        if engine.lost is None:
             engine.lost = error
             self._affinity.forget(self._engines.index(engine))
             _log.warning("%s is taken out, with %d requests waiting: %s", engine.member.name, len(calls), error)
         for call in calls:
-            if last or call.moved:
+            if call.moved:
                 _tell(call, error)
             elif not call.future.done():
                 call.moved = True

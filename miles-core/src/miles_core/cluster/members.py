@@ -29,6 +29,7 @@ import numpy as np
 import ray
 
 from miles_core.cluster.engine_pool import EnginePool
+from miles_core.cluster.session import MemberDiedError
 from miles_core.config.schema import CriticSection, Plan, TrainerSection
 from miles_core.errors import RunError, UserError, explained
 from miles_core.lifecycle import Role, lifecycle
@@ -74,7 +75,7 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 return await method(self, *args)
             except Exception as error:
-                raise failure(error, self.name, method.__name__, self.log) from None
+                raise self._failure(error, method.__name__) from None
 
         return awaited
 
@@ -85,7 +86,7 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, *args)
         except Exception as error:
-            raise failure(error, self.name, method.__name__, self.log) from None
+            raise self._failure(error, method.__name__) from None
         finally:
             faulthandler.cancel_dump_traceback_later()
 
@@ -102,6 +103,9 @@ class _Process:
         for name, item in list(vars(cls).items()):
             if inspect.isfunction(item) and not name.startswith("_"):
                 setattr(cls, name, _guarded(item))
+
+    def _failure(self, error: Exception, method: str) -> UserError | RunError:
+        return failure(error, self.name, method, self.log)
 
     def _enter(self) -> None:
         """The process's output goes to its log, its plugins are the driver's."""
@@ -291,6 +295,15 @@ class EngineMember(_Process):
         self.finished: list[Finished] = []
         self.tasks: set[asyncio.Task[None]] = set()
         self.asleep = False
+        self.lost: MemberDiedError | None = None
+
+    def _lose(self, reason: str) -> None:
+        """The engine cannot go on: from now on every call says so."""
+        self.lost = self.lost or MemberDiedError(reason)
+        self.news.set()
+
+    def _failure(self, error: Exception, method: str) -> UserError | RunError:
+        return self.lost or super()._failure(error, method)
 
     async def see(self, gpus: str) -> None:
         """The GPUs of the trainer's ranks with which it is colocated; before anything looks for GPUs."""
@@ -320,12 +333,15 @@ class EngineMember(_Process):
             hooks=hooks_of(plan, "rollout"),
             verify=plan.publish.verify == "checksum",
             sleeps=plan.placement.takes_turns,
+            lost=self._lose,
         )
         self.engine = self._build(plan.engine.options, self.context)
         await self.engine.start()
 
     async def ping(self) -> None:
-        """Answers."""
+        """Answers, if the engine can go on."""
+        if self.lost is not None:
+            raise self.lost
 
     async def connect_sync(
         self, address: str, gone: frozenset[int], engines: int, layout: Sequence[BucketLayout]
@@ -371,7 +387,7 @@ class EngineMember(_Process):
                 self.finished.append((name, completions))
                 self.news.set()
         except Exception as error:
-            reason = failure(error, self.name, "generate", self.log)
+            reason = self._failure(error, "generate")
             self.finished.extend((name, reason) for name in left)
             self.news.set()
 
@@ -382,10 +398,11 @@ class EngineMember(_Process):
     async def take(self, patience_s: float) -> tuple[list[Finished], float]:
         """What has finished since the last call, after waiting up to `patience_s` for something; and the seconds that
         the engine has computed in all."""
-        if not self.finished:
+        if not self.finished and self.lost is None:
             self.news.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.news.wait(), patience_s)
+        await self.ping()
         taken, self.finished = self.finished, []
         return taken, self.engine.busy_seconds
 
@@ -481,6 +498,11 @@ class CollectorMember(_Process):
         """No more is asked of engines that are dead. All that were taken out since the last call, and why."""
         assert self.pool is not None
         return self.pool.go_without(dead)
+
+    async def come_back(self, engines: Sequence[tuple[str, Any, Path]]) -> None:
+        """These were started in the place of engines that were taken out."""
+        assert self.pool is not None
+        self.pool.come_back(engines)
 
     async def begin(self, stage: int, step: int, folder: Path | None) -> None:
         """A stage starts, or goes on from a checkpoint."""

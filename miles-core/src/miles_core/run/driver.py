@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from miles_core.cluster.members import CollectorMember, EngineMember, Part, TeacherMember, TrainerMember, hooks_of
+from miles_core.cluster.members import CollectorMember, Part, TeacherMember, TrainerMember, hooks_of
 from miles_core.cluster.session import Call, Member, Place, Session
 from miles_core.config.schema import Component, Plan, Stage
 from miles_core.config.traits import TEACHER, loss_columns, needed_columns, stage_columns, top_k
@@ -25,6 +25,7 @@ from miles_core.roles import RunInfo, Tracker
 from miles_core.run import checkpoint
 from miles_core.run.checkpoint import Checkpoint, Saving
 from miles_core.run.console import Console
+from miles_core.run.engines import RunEngines
 from miles_core.run.loop import train
 from miles_core.run.model import prepare_teacher, vocabulary_size
 from miles_core.run.producer import built
@@ -89,8 +90,7 @@ class Run:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.trainers: list[Member] = []
         self.critics: list[Member] = []  # the trainers themselves, if the critic shares their ranks
-        self.engines: list[Member] = []  # those that are left
-        self._gone: set[int] = set()  # the numbers of the others
+        self.engines = RunEngines(plan, self.session, model, partial(console.say, style="red"))
         self.teachers: list[Member] = []
         self._begun: int | None = None  # the stage that the trainers and the collector are in
         self._unnamed: tuple[int, contextlib.AsyncExitStack] | None = None  # the checkpoint that is being written
@@ -112,12 +112,12 @@ class Run:
             self.session.start()  # on the main thread, where Ray sets its signal handlers
         with self.console.phase("starting trainer, engines and collector"):
             self._spawn()
-            await self._share_gpus()
+            await self.engines.share_gpus(self.trainers)
             *_, remarks = await self.session.ask_all(self.session.members, "enter")  # no GPU is touched yet
             for remark in remarks:
                 self.console.say(remark, "yellow")
             await self._start_members()
-            if self.engines:
+            if self.engines.members:
                 await self._connect()
         await self._take_up()
         await self._generating(new=True)
@@ -145,32 +145,15 @@ class Run:
                     for rank in range(plan.critic_section.world_size)
                 ]
             )
-        if plan.engine_section is not None:
-            self.engines = [
-                self.session.spawn(EngineMember, f"engine {index}", plan, index, self.model)
-                for index in range(plan.engine_section.count)
-            ]
+        self.engines.spawn()
         if plan.teacher is not None:
             known = vocabulary_size(self.model)
             self.teachers = [
                 self.session.spawn(TeacherMember, f"teacher {index}", plan, index, self.teacher_model, known)
                 for index in range(plan.teacher.engine_section.count)
             ]
-        handles = [(engine.name, engine.actor, engine.log) for engine in self.engines]
+        handles = [(engine.name, engine.actor, engine.log) for engine in self.engines.members]
         self.collector = self.session.spawn(CollectorMember, "collector", plan, self.model, handles)
-
-    async def _share_gpus(self) -> None:
-        """Colocated engines see the GPUs that Ray gave to the trainer's ranks, and no others."""
-        section = self.plan.engine_section
-        if self.plan.placement.layout != "colocated" or section is None or not section.gpus:
-            return
-        visible = await self.session.ask_all(self.trainers, "visible")
-        await self.session.gather(
-            [
-                (engine, "see", (",".join(visible[first : first + section.gpus]),))
-                for engine, first in zip(self.engines, range(0, len(visible), section.gpus), strict=True)
-            ]
-        )
 
     async def _start_members(self) -> None:
         """Engines that share their GPUs take what memory they find, so they start alone, and sleep."""
@@ -178,7 +161,7 @@ class Run:
             await asyncio.gather(self._start_trainers(), self._start_engines())
             return
         await self._start_engines()
-        await self.turns.begin(self.trainers, self.engines)
+        await self.turns.begin(self.trainers, self.engines.members)
         await self._start_trainers()
 
     async def _start_trainers(self) -> None:
@@ -197,17 +180,17 @@ class Run:
         await self.session.ask_all(members, "start", part, address, self.model, reference)
 
     async def _start_engines(self) -> None:
-        if served := [*self.engines, *self.teachers]:
+        if served := [*self.engines.members, *self.teachers]:
             await self.session.ask_all(served, "start")
 
     async def _connect(self) -> None:
         """The trainer and the engines meet for publishing."""
-        count = len(self.engines)
+        count = len(self.engines.members)
         address, layout = (await self.session.ask_all(self.trainers, "open_sync", count))[0]
         await self.session.gather(
             [
                 *((trainer, "connect_sync", ()) for trainer in self.trainers),
-                *((engine, "connect_sync", (address, frozenset(self._gone), count, layout)) for engine in self.engines),
+                *self.engines.connections(address, layout),
             ]
         )
 
@@ -305,11 +288,15 @@ class Run:
             )
 
     async def _collected(self, method: str) -> Any:
-        """What the collector gives for the step, however long that takes: it knows itself who keeps it waiting."""
+        """What the collector gives for the step, however long that takes: it knows itself who keeps it waiting, but for
+        engines that have failed. Those that share GPUs are started again while it is their turn."""
         while True:
             answer = await self.session.ask(
                 self.collector, method, self.step, POLL_S, deadline_s=POLL_S + self.session.deadline_s
             )
+            if (answer is None or self.plan.placement.takes_turns) and await self._mend():
+                await self._training()
+                await self._generating(new=True)
             if answer is not None:
                 return answer
 
@@ -387,35 +374,24 @@ class Run:
 
     async def _send(self) -> None:
         """The weights of this step to all engines."""
-        if not self.engines:
+        if not self.engines.members:
             return
-        await self._leave_lost()
+        if not self.plan.placement.takes_turns:
+            await self._mend()
         with self._timed("publish"):
             await self.session.gather(
                 [
                     *((trainer, "publish", (self.step,)) for trainer in self.trainers),
-                    *((engine, "receive", (self.step,)) for engine in self.engines),
+                    *((engine, "receive", (self.step,)) for engine in self.engines.members),
                 ]
             )
 
-    async def _leave_lost(self) -> None:
-        """Goes on without the engines that have failed, as long as one is left; the trainer meets the others anew.
-        Colocated ones have a part of the trainer's GPUs each, so none can be done without."""
-        if len(self.engines) < 2 or self.plan.placement.layout == "colocated":
-            return
-        dead = await self.session.dead(self.engines)
-        lost = await self.session.ask(self.collector, "go_without", dead)
-        if len(lost) == len(self.engines):
-            raise next(iter(lost.values()))
-        if not lost:
-            return
-        for engine in [engine for engine in self.engines if engine.name in lost]:
-            self.engines.remove(engine)
-            self._gone.add(int(engine.name.removeprefix("engine ")))
-            self.session.leave(engine)
-            left = f"going on with {len(self.engines)} of {len(self.engines) + 1} engines"
-            self.console.say(f"{lost[engine.name]}\n{left}", "red")
+    async def _mend(self) -> bool:
+        """Starts engines again that have failed, and has the trainer meet them. Whether there were any."""
+        if not self.engines.members or not await self.engines.mend(self.collector, self.step):
+            return False
         await self._connect()
+        return True
 
     async def _training(self) -> None:
         """What comes next is for the trainer."""

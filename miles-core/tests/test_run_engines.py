@@ -1,0 +1,140 @@
+"""Engines that have failed: which are started again, which are done without, and when the run cannot go on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from miles_core.cluster.session import Member
+from miles_core.errors import RunError, UserError
+from miles_core.run.engines import RunEngines
+
+COLLECTOR = Member("collector", None, Path("log"))
+
+
+class Cluster:
+    """A session in which the members named in `dead` are dead, and in `sick` do not start."""
+
+    def __init__(self) -> None:
+        self.dead_members: set[str] = set()
+        self.sick: set[str] = set()
+        self.notes: list[tuple[Any, ...]] = []
+        self.left: list[Member] = []
+        self.spawned = 0
+
+    def spawn(self, cls: type, name: str, *args: Any) -> Member:
+        self.spawned += 1
+        return Member(name, f"process {self.spawned}", Path("log"))
+
+    def leave(self, member: Member) -> None:
+        self.left.append(member)
+
+    async def dead(self, members: Sequence[Member]) -> Mapping[str, BaseException]:
+        return {member.name: RunError(f"{member.name} died") for member in members if member.name in self.dead_members}
+
+    async def ask(self, member: Member, method: str, *args: Any) -> Any:
+        if method == "go_without":
+            (dead,) = args
+            self.dead_members -= dead.keys()
+            return dead
+        self.notes.append((member.name, method, *args))
+        if method == "start" and member.name in self.sick:
+            raise UserError(f"{member.name} does not start")
+        return None
+
+    async def ask_all(self, members: Sequence[Member], method: str) -> list[str]:
+        return [str(place) for place, _ in enumerate(members)]
+
+
+def engines_of(cluster: Any, count: int = 2, layout: str = "disaggregated", gpus: int = 0) -> tuple[RunEngines, Any]:
+    """They, and what they say."""
+    plan: Any = SimpleNamespace(
+        engine_section=SimpleNamespace(count=count, gpus=gpus), placement=SimpleNamespace(layout=layout)
+    )
+    said: list[str] = []
+    engines = RunEngines(plan, cluster, Path("model"), said.append)
+    engines.spawn()
+    return engines, said
+
+
+def processes(engines: RunEngines) -> list[str]:
+    return [f"{member.name}: {member.actor}" for member in engines.members]
+
+
+def test_while_none_has_failed_nothing_happens() -> None:
+    cluster = Cluster()
+    engines, said = engines_of(cluster)
+    members = engines.members
+    assert asyncio.run(engines.mend(COLLECTOR, 1)) is False
+    assert (engines.members, said, cluster.left) == (members, [], [])
+    assert processes(engines) == ["engine 0: process 1", "engine 1: process 2"]
+
+
+def test_one_that_has_failed_is_started_again_in_its_place_and_the_collector_hears_of_it() -> None:
+    cluster = Cluster()
+    engines, said = engines_of(cluster)
+    members = engines.members
+    cluster.dead_members = {"engine 0"}
+    assert asyncio.run(engines.mend(COLLECTOR, 1)) is True
+    assert processes(engines) == ["engine 0: process 3", "engine 1: process 2"]
+    assert engines.members is members
+    assert [member.actor for member in cluster.left] == ["process 1"]
+    assert said == ["engine 0 died\nstarting engine 0 again"]
+    assert cluster.notes == [
+        ("engine 0", "enter"),
+        ("engine 0", "start"),
+        ("collector", "come_back", [("engine 0", "process 3", Path("log"))]),
+    ]
+    assert engines.connections("tcp://here", []) == [
+        (member, "connect_sync", ("tcp://here", frozenset(), 2, [])) for member in engines.members
+    ]
+
+
+def test_one_that_does_not_start_again_is_done_without() -> None:
+    cluster = Cluster()
+    engines, said = engines_of(cluster)
+    cluster.dead_members, cluster.sick = {"engine 0"}, {"engine 0"}
+    assert asyncio.run(engines.mend(COLLECTOR, 1)) is True
+    assert processes(engines) == ["engine 1: process 2"]
+    assert [member.actor for member in cluster.left] == ["process 1", "process 3"]
+    assert said[1] == "engine 0 does not start\ngoing on with 1 of 2 engines"
+    ((_, _, asked),) = engines.connections("tcp://here", [])
+    assert asked == ("tcp://here", frozenset({0}), 1, [])
+
+
+def test_one_that_fails_twice_in_a_step_is_not_started_a_third_time() -> None:
+    cluster = Cluster()
+    engines, said = engines_of(cluster)
+    for step, left in ((1, 2), (2, 2), (2, 1)):
+        cluster.dead_members = {"engine 1"}
+        assert asyncio.run(engines.mend(COLLECTOR, step)) is True
+        assert len(engines.members) == left
+    assert cluster.spawned == 4
+    assert said[-1] == "engine 1 died\ngoing on with 1 of 2 engines"
+
+
+@pytest.mark.parametrize(("layout", "count"), [("disaggregated", 1), ("colocated", 2)])
+def test_the_run_ends_with_the_reason_when_none_is_left_or_when_it_has_gpus_of_the_trainer(
+    layout: str, count: int
+) -> None:
+    cluster = Cluster()
+    engines, _ = engines_of(cluster, count, layout)
+    cluster.dead_members, cluster.sick = {"engine 0"}, {"engine 0"}
+    with pytest.raises(UserError, match="engine 0 does not start"):
+        asyncio.run(engines.mend(COLLECTOR, 1))
+
+
+def test_one_that_shares_gpus_with_the_trainer_sees_them_again() -> None:
+    cluster = Cluster()
+    engines, _ = engines_of(cluster, 2, "colocated", gpus=2)
+    trainers = [Member(f"trainer {rank}", None, Path("log")) for rank in range(4)]
+    asyncio.run(engines.share_gpus(trainers))
+    assert cluster.notes == [("engine 0", "see", "0,1"), ("engine 1", "see", "2,3")]
+    cluster.dead_members = {"engine 1"}
+    asyncio.run(engines.mend(COLLECTOR, 1))
+    assert cluster.notes[2:4] == [("engine 1", "see", "2,3"), ("engine 1", "enter")]
