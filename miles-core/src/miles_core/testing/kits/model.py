@@ -13,7 +13,7 @@ from miles_core.plugins import Entry, discover, options_of, resolve
 from miles_core.sample import Batch
 from miles_core.specs import ModelSpec, TrainerSpec
 from miles_core.testing.fakes import make_batch
-from miles_core.testing.kits.trainer import policy_loss, weight_faults
+from miles_core.testing.kits.training import training_stage, weight_faults
 from miles_core.testing.models import TINY, batch_logprobs, randomised, save_model, trainer_context, weights_of
 from miles_core.testing.subject import Subject, skip
 
@@ -117,24 +117,12 @@ def _saved(subject: Subject[ModelSpec], model: Any) -> Path:
 
 def _trainer(subject: Subject[ModelSpec], folder: Path) -> Any:
     """A trainer of the installed ones that takes any architecture and runs on a CPU, with the model loaded."""
-    from miles_core.roles import TrainStage
-
     entry = _installed_trainer()
     options_class = options_of(entry.spec)
     options = options_class() if options_class else None
     trainer = resolve(entry.spec.ref)(options, trainer_context(folder, 0))
     trainer.start()
-    trainer.begin(
-        TrainStage(
-            name="contract",
-            loss=policy_loss,
-            loss_options=None,
-            entropy=False,
-            needs=frozenset({"advantages", "old_logprobs"}),
-            optimizer_steps=1,
-            options=options,
-        )
-    )
+    trainer.begin(training_stage(options))
     return trainer
 
 

@@ -1,32 +1,36 @@
 """Rules of a trainer: it trains a tiny model, and transformers and plain PyTorch say what it must have computed.
 
-The loss is a policy gradient, sum over tokens of weight * (-exp(log pi - log pi_old) * advantage); that of a critic is
-the squared error of its values, sum over tokens of weight * (value - return)^2.
+Those of its critic, if it has one, are in `miles_core.testing.kits.critic`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from miles_core.errors import UserError
 from miles_core.lifecycle import lifecycle
-from miles_core.plugins import resolve
-from miles_core.roles import CriticInputs, LossInputs, LossOutputs, TrainStage
+from miles_core.roles import LossInputs, LossOutputs
 from miles_core.sample import Batch
 from miles_core.specs import TrainerSpec
-from miles_core.testing.fakes import make_batch
+from miles_core.testing.kits import critic
+from miles_core.testing.kits.training import (
+    TOLERANCE,
+    model_folder,
+    training_batch,
+    training_stage,
+    unpacked,
+    weight_faults,
+)
 from miles_core.testing.models import (
     VOCABULARY,
     batch_logprobs,
     batch_top_logprobs,
     gpus_for,
     make_model,
-    save_model,
     trainer_context,
     weights_of,
 )
@@ -35,15 +39,12 @@ from miles_core.testing.subject import Subject, skip
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOLERANCE = 1e-5
-"""Relative. Sums of float32 in another order differ by up to 2e-6 on this model."""
-
 
 def gives_the_logprobs_of_the_model(subject: Subject[TrainerSpec]) -> Iterator[str]:
     """Log-probabilities of a packed batch are transformers' own for each sample alone, and 0 where masked."""
     import torch
 
-    trainer, batch = _trainer(subject), _batch()
+    trainer, batch = _trainer(subject), training_batch()
     column = trainer.logprobs(batch, "policy", 0)
     trainer.stop()
     with torch.no_grad():
@@ -61,7 +62,7 @@ def gives_the_logprobs_of_the_model(subject: Subject[TrainerSpec]) -> Iterator[s
 def has_the_gradient_of_the_objective(subject: Subject[TrainerSpec]) -> Iterator[str]:
     """Loss, gradient norm and each element of the gradient equal plain PyTorch's to 1e-5, however the batch is cut."""
     # In one; and with its samples turned round, each a micro-batch if the trainer has the option `micro_batch_tokens`.
-    batch, model = _batch(), make_model().double()
+    batch, model = training_batch(), make_model().double()
     objective = _plain_loss(batch_logprobs(model, batch), batch)
     objective.backward()  # type: ignore[no-untyped-call]
     expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -91,9 +92,9 @@ def _stepped(
     its callback was not told of it."""
     plain = _PlainDescent()
     trainer = _trainer(subject, hooks=lifecycle("trainer", [plain]), **changes)
-    before = _unpacked(trainer.export())
+    before = unpacked(trainer.export())
     metrics = trainer.update(batch, 0, 1)
-    after = _unpacked(trainer.export())
+    after = unpacked(trainer.export())
     trainer.stop()
     if plain.unknown:
         skip(f"no way is known to read a gradient from a step of {plain.unknown}")
@@ -154,14 +155,16 @@ def gives_the_logprobs_of_the_teachers_tokens(subject: Subject[TrainerSpec]) -> 
     if not subject.spec.top_logprobs:
         skip("its record does not say top_logprobs")
     rng = np.random.default_rng(5)
-    batch, model = _batch(), make_model()
+    batch, model = training_batch(), make_model()
     shape = (batch.tokens_total, 3)
     batch = replace(batch, temperature=0.8).with_columns(
         teacher_top_tokens=rng.integers(0, VOCABULARY, shape).astype(np.int32),
         teacher_top_logprobs=np.log(rng.random(shape) / 3).astype(np.float32),
     )
     trainer = _trainer(subject)
-    trainer.begin(_stage(subject, top_loss, {"teacher_top_tokens", "teacher_top_logprobs"}))
+    trainer.begin(
+        training_stage(subject.options(), top_loss, frozenset({"teacher_top_tokens", "teacher_top_logprobs"}))
+    )
     metrics = trainer.update(batch, 0, 1)
     trainer.stop()
     scale = torch.from_numpy(batch["teacher_top_logprobs"] * batch["weights"][:, None])
@@ -182,7 +185,7 @@ def _metric_faults(metrics: Mapping[str, float], objective: Tensor, gradients: M
 
 def learns(subject: Subject[TrainerSpec]) -> Iterator[str]:
     """An optimizer step on the same batch makes good tokens likelier and bad ones less likely."""
-    trainer, batch = _trainer(subject), _batch()
+    trainer, batch = _trainer(subject), training_batch()
     before = trainer.logprobs(batch, "policy", 0)
     trainer.update(batch, 0, 1)
     after = trainer.logprobs(batch, "policy", 1)
@@ -196,7 +199,7 @@ def keeps_the_reference(subject: Subject[TrainerSpec]) -> Iterator[str]:
     """If it gives ref_logprobs: they stay those of the weights that the stage began with."""
     if "ref_logprobs" not in subject.spec.gives:
         skip("it gives no ref_logprobs")
-    trainer, batch = _trainer(subject, reference=True), _batch()
+    trainer, batch = _trainer(subject, reference=True), training_batch()
     before = trainer.logprobs(batch, "reference", 0)
     trainer.update(batch, 0, 1)
     after = trainer.logprobs(batch, "reference", 1)
@@ -210,7 +213,7 @@ def exports_what_its_layout_says(subject: Subject[TrainerSpec]) -> Iterator[str]
     trainer = _trainer(subject)
     layout = list(trainer.layout())
     buckets = list(trainer.export())
-    exported = _unpacked(buckets)
+    exported = unpacked(buckets)
     trainer.stop()
     if [(bucket.names, bucket.shapes) for bucket in buckets] != [(part.names, part.shapes) for part in layout]:
         yield "`export` does not yield what `layout` says"
@@ -221,19 +224,19 @@ def exports_what_its_layout_says(subject: Subject[TrainerSpec]) -> Iterator[str]
 
 def continues_exactly_from_a_checkpoint(subject: Subject[TrainerSpec]) -> Iterator[str]:
     """Saved, restored into a new trainer, and trained on: the same weights, bit for bit."""
-    first, second = _batch(0), _batch(1)
+    first, second = training_batch(0), training_batch(1)
     one = _trainer(subject)
     one.update(first, 0, 1)
     written = one.save(subject.folder / "saved")
     one.update(second, 1, 1)
     if written is not None:
         written(True)
-    expected = _unpacked(one.export())
+    expected = unpacked(one.export())
     one.stop()
     other = _trainer(subject)
     other.restore(subject.folder / "saved")
     other.update(second, 1, 1)
-    yield from weight_faults(expected, _unpacked(other.export()))
+    yield from weight_faults(expected, unpacked(other.export()))
     other.stop()
 
 
@@ -249,103 +252,7 @@ def saves_for_transformers(subject: Subject[TrainerSpec]) -> Iterator[str]:
     yield from weight_faults(weights_of(make_model()), weights_of(model))
 
 
-# ---- Its critic ------------------------------------------------------------------------------------------------------
-
-
-def knows_values_before_their_tokens(subject: Subject[TrainerSpec]) -> Iterator[str]:
-    """If it has a critic: values are finite, 0 where masked, and know neither other samples nor what comes later."""
-    critic, batch = _critic(subject), _batch()
-    column = critic.values(batch, 0)
-    alone = [critic.values(batch.select([sample]), 0) for sample in range(len(batch))]
-    last = batch.cu_seqlens[1:] - 1  # of each sample's tokens
-    tokens = batch["tokens"].copy()
-    tokens[last] = (tokens[last] + 1) % VOCABULARY
-    changed = critic.values(batch.with_columns(tokens=tokens), 0)
-    critic.stop()
-    if column is None or column.shape != (batch.tokens_total,):
-        yield f"values has the shape {None if column is None else column.shape} for {batch.tokens_total} tokens"
-        return
-    if not np.isfinite(column).all() or not column[batch["mask"]].any():
-        yield "values are not finite, or nothing but 0"
-    if (column[~batch["mask"]] != 0).any():
-        yield "values are not 0 where masked"
-    if (apart := float(np.abs(column - np.concatenate(alone)).max())) > TOLERANCE:
-        yield f"a value differs by {apart:.3g} for a sample alone"
-    if (apart := float(np.abs(column - changed).max())) > TOLERANCE:
-        yield f"a value differs by {apart:.3g} when a token that comes later, or its own, is another one"
-
-
-def learns_values(subject: Subject[TrainerSpec]) -> Iterator[str]:
-    """If it has a critic: its loss is that of its values, and an optimizer step makes it smaller."""
-    critic, batch = _critic(subject), _valued(_batch())
-    values = critic.values(batch, 0)
-    expected = float((batch["weights"] * (values - batch["returns"]) ** 2).sum())
-    loss = critic.update(batch, 0, 1).get("loss")
-    after = critic.update(batch, 1, 1).get("loss")
-    critic.stop()
-    if loss is None or after is None:
-        yield "update reports no loss"
-    elif abs(loss - expected) > TOLERANCE * max(1.0, abs(expected)):
-        yield f"loss is {loss:.6g} and not {expected:.6g}"
-    elif after >= loss:
-        yield f"after an optimizer step the loss is {after:.6g} and not below {loss:.6g}"
-
-
-def continues_its_critic_exactly_from_a_checkpoint(subject: Subject[TrainerSpec]) -> Iterator[str]:
-    """If it has a critic: saved, restored into a new one, and trained on, it gives the same values, bit for bit."""
-    first, second = _valued(_batch(0)), _valued(_batch(1))
-    one = _critic(subject)
-    one.update(first, 0, 1)
-    written = one.save(subject.folder / "saved")
-    one.update(second, 1, 1)
-    if written is not None:
-        written(True)
-    expected = one.values(first, 2)
-    one.stop()
-    other = _critic(subject)
-    other.restore(subject.folder / "saved")
-    other.update(second, 1, 1)
-    got = other.values(first, 2)
-    other.stop()
-    if not np.array_equal(expected, got):
-        yield f"a value differs by {float(np.abs(expected - got).max()):.3g}"
-
-
-def hands_the_policys_weights_to_its_critic(subject: Subject[TrainerSpec]) -> Iterator[str]:
-    """If it has a critic: with a saved policy's weights it gives the values of one that was started from them."""
-    batch = _batch()
-    save_model(make_model(seed=5), subject.folder / "policy")
-    critic = _critic(subject)
-    before = critic.values(batch, 0)
-    critic.load_pretrained(subject.folder / "policy")
-    got = critic.values(batch, 0)
-    critic.stop()
-    other = _critic(subject, model=subject.folder / "policy")
-    expected = other.values(batch, 0)
-    other.stop()
-    if not np.array_equal(expected, got):
-        yield f"a value differs by {float(np.abs(expected - got).max()):.3g}"
-    if np.array_equal(before, got):
-        yield "its values do not change with the weights"
-
-
-def weight_faults(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> Iterator[str]:
-    """What differs between two sets of weights, bit for bit."""
-    for name in sorted(expected.keys() ^ got.keys()):
-        yield f"{name} is {'missing' if name in expected else 'not a parameter of the model'}"
-    for name in sorted(expected.keys() & got.keys()):
-        if not expected[name].equal(got[name]):
-            yield f"{name} differs"
-
-
 # ---- Running a trainer ----------------------------------------------------------------------------------------------
-
-
-def policy_loss(inputs: LossInputs, options: Any) -> LossOutputs:
-    """The loss of these rules."""
-    assert inputs.advantages is not None
-    old = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
-    return LossOutputs(losses=-(inputs.logprobs - old).exp() * inputs.advantages)
 
 
 def top_loss(inputs: LossInputs, options: Any) -> LossOutputs:
@@ -353,11 +260,6 @@ def top_loss(inputs: LossInputs, options: Any) -> LossOutputs:
     assert inputs.top_logprobs is not None
     assert inputs.teacher_top_logprobs is not None
     return LossOutputs(losses=(inputs.teacher_top_logprobs * inputs.top_logprobs).sum(-1))
-
-
-def value_loss(inputs: CriticInputs, options: Any) -> LossOutputs:
-    """The critic's loss of these rules."""
-    return LossOutputs(losses=(inputs.values - inputs.returns).square())
 
 
 def _plain_loss(logprobs: Tensor, batch: Batch) -> Tensor:
@@ -368,75 +270,14 @@ def _plain_loss(logprobs: Tensor, batch: Batch) -> Tensor:
     return total
 
 
-def _batch(seed: int = 0) -> Batch:
-    """Three groups with shared prompts, tokens of the tiny vocabulary, weights and advantages."""
-    batch = make_batch(seed=seed)
-    rng = np.random.default_rng([9, seed])
-    mask = batch["mask"]
-    tokens = (batch["tokens"] % VOCABULARY).astype(np.int32)
-    tokens[mask] = rng.integers(0, VOCABULARY, int(mask.sum()))
-    weights = np.where(mask, 1.0 / mask.sum(), 0.0)
-    advantages = np.where(mask, rng.standard_normal(len(mask)), 0.0)
-    batch = batch.with_samples(minibatch=np.zeros(len(batch), np.int32))
-    return batch.with_columns(tokens=tokens, weights=weights, advantages=advantages)
-
-
-def _valued(batch: Batch) -> Batch:
-    """With returns to learn, and what the values were before."""
-    noise = np.random.default_rng(len(batch)).standard_normal((2, batch.tokens_total)) * batch["mask"]
-    return batch.with_columns(returns=1.0 + noise[0], values=noise[1])
-
-
 def _trainer(subject: Subject[TrainerSpec], *, reference: bool = False, hooks: Any = None, **changes: Any) -> Any:
     """A trainer that has begun a stage on the tiny model, with the example's options and `changes`."""
     gpus = gpus_for(subject.spec.devices)
-    context = trainer_context(_model_folder(subject.folder), gpus, reference=reference, hooks=hooks)
+    context = trainer_context(model_folder(subject.folder), gpus, reference=reference, hooks=hooks)
     trainer = subject.target(subject.options(**changes), context)
     trainer.start()
-    trainer.begin(_stage(subject, policy_loss, {"advantages", "old_logprobs"}, **changes))
+    trainer.begin(training_stage(subject.options(**changes)))
     return trainer
-
-
-def _critic(subject: Subject[TrainerSpec], model: Path | None = None) -> Any:
-    """A critic that has begun a stage on the tiny model, or another."""
-    if subject.spec.critic is None:
-        skip("it has no critic")
-    context = trainer_context(model or _model_folder(subject.folder), gpus_for(subject.spec.devices))
-    critic = resolve(subject.spec.critic)(subject.options(), replace(context, role="critic"))
-    critic.start()
-    critic.begin(_stage(subject, value_loss, {"returns", "values"}))
-    return critic
-
-
-def _stage(
-    subject: Subject[TrainerSpec], loss: Callable[[Any, Any], LossOutputs], needs: set[str], **changes: Any
-) -> TrainStage:
-    return TrainStage(
-        name="contract",
-        loss=loss,
-        loss_options=None,
-        entropy=False,
-        needs=frozenset(needs),
-        optimizer_steps=4,
-        options=subject.options(**changes),
-    )
-
-
-def _model_folder(folder: Path) -> Path:
-    if not (folder / "model").exists():
-        save_model(make_model(), folder / "model")
-    return folder / "model"
-
-
-def _unpacked(buckets: Any) -> dict[str, Tensor]:
-    import torch
-
-    found = {}
-    for bucket in buckets:
-        parts = torch.split(bucket.flat, [int(np.prod(shape)) for shape in bucket.shapes])
-        for name, part, shape in zip(bucket.names, parts, bucket.shapes, strict=True):
-            found[name] = part.detach().cpu().clone().view(shape)
-    return found
 
 
 RULES = (
@@ -448,8 +289,5 @@ RULES = (
     exports_what_its_layout_says,
     continues_exactly_from_a_checkpoint,
     saves_for_transformers,
-    knows_values_before_their_tokens,
-    learns_values,
-    continues_its_critic_exactly_from_a_checkpoint,
-    hands_the_policys_weights_to_its_critic,
+    *critic.RULES,
 )
