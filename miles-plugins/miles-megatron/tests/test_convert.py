@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import resource
@@ -108,6 +109,41 @@ def test_no_more_than_one_parameter_is_in_memory_while_writing(tmp_path: Path, m
     assert sum(tensor.nbytes for tensor in tensors(folder).values()) > 20 * largest
 
 
+def bytes_in_memory() -> int:
+    """Of all tensors that are not frozen, each storage once."""
+    found = (each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.device.type == "cpu")
+    storages = [each.untyped_storage() for each in found]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_no_more_than_a_bucket_and_a_file_are_in_memory_while_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from miles_megatron import checkpoint, convert, pretrained
+
+    folder = make_model(tmp_path / "model", "llama", num_hidden_layers=12)
+    convert.hf_to_dist(folder, tmp_path / "dist")
+    bucket = file = 40_000
+    monkeypatch.setattr(convert, "BUCKET_BYTES", bucket)
+    monkeypatch.setattr(pretrained, "FILE_BYTES", file)
+    read, held = checkpoint.read, []
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        loaded = read(*args, **kwargs)
+        held.append(bytes_in_memory())  # what is there most: a bucket is full, and a file not yet written
+        return loaded
+
+    monkeypatch.setattr(checkpoint, "read", measured)
+    gc.freeze()  # what is there already
+    try:
+        convert.dist_to_hf(tmp_path / "dist", tmp_path / "again")
+    finally:
+        gc.unfreeze()
+    size = sum(tensor.nbytes for tensor in tensors(folder).values())
+    largest = 2 * 64 * 32 * 4  # gate and up: a file may have begun with one of them, which keeps both
+    assert bucket / 2 < max(held) <= bucket + file + largest < size / 4
+
+
 def damaged(folder: Path, damage: str) -> None:
     held = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
@@ -182,6 +218,24 @@ def test_a_checkpoint_whose_contents_would_call_something_is_refused_uncalled(tm
     with pytest.raises(UserError, match="which has no place there"):
         make_trainer(tmp_path / "dist")
     assert not called.exists()
+
+
+def test_a_checkpoint_whose_files_are_not_whole_is_refused(tmp_path: Path) -> None:
+    from miles_megatron import convert
+
+    convert.hf_to_dist(make_model(tmp_path / "model"), tmp_path / "dist")
+    (path,) = (tmp_path / "dist/dist").glob("*.distcp")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1000])
+    error = rf"{path.name} is damaged or incomplete: it has {len(whole) - 1000} bytes of {len(whole)}"
+    with pytest.raises(UserError, match=error):
+        convert.dist_to_hf(tmp_path / "dist", tmp_path / "hf")
+    path.unlink()
+    error = f"dist lacks the file {path.name}: the checkpoint is incomplete"
+    with pytest.raises(UserError, match=error):
+        convert.dist_to_hf(tmp_path / "dist", tmp_path / "hf")
+    with pytest.raises(UserError, match=error):
+        make_trainer(tmp_path / "dist")
 
 
 def test_a_damaged_table_of_contents_is_refused(tmp_path: Path) -> None:

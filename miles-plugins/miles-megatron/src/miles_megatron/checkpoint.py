@@ -86,7 +86,7 @@ def content(copies: Sequence[str]) -> dict[str, Any]:
 
 def copies(folder: Path) -> list[str]:
     """Those that the Hugging Face folder held which the weights came from. Raises `UserError` for a damaged one."""
-    contents(folder)
+    _check_files(contents(folder), folder)
     with _quiet():
         found: list[str] = (dist_checkpointing.load_content_metadata(str(folder)) or {}).get("copies", [])
     return found
@@ -259,7 +259,9 @@ def read(state: dict[str, Any], folder: Path, options: Mapping[str, Any], *, par
     """
     if not (folder / "metadata.json").is_file():
         raise UserError(f"{folder} holds no checkpoint in Megatron's distributed format")
-    _check_keys(state, folder)
+    stored = contents(folder)
+    _check_files(stored, folder)
+    _check_keys(state, stored, folder)
     try:
         with _quiet():
             loaded: dict[str, Any] = dist_checkpointing.load(
@@ -277,14 +279,28 @@ def read(state: dict[str, Any], folder: Path, options: Mapping[str, Any], *, par
     return loaded
 
 
-def _check_keys(state: dict[str, Any], folder: Path) -> None:
+def _check_files(stored: Metadata, folder: Path) -> None:
+    """Every file is there and as long as the table of contents says. Raises `UserError`; PyTorch would stop at the end
+    of a shorter one without a word."""
+    ends: dict[str, int] = {}
+    for part in stored.storage_data.values():
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    for name, end in sorted(ends.items()):
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{folder} lacks the file {name}: the checkpoint is incomplete")
+        if (size := path.stat().st_size) < end:
+            raise UserError(f"{path} is damaged or incomplete: it has {size} bytes of {end}")
+
+
+def _check_keys(state: dict[str, Any], stored: Metadata, folder: Path) -> None:
     """Everything asked for is there, or all ranks raise `UserError`. A collective. Megatron would list all keys."""
     asked, _ = extract_matching_values(state, lambda value: isinstance(value, ShardedTensor | ShardedTensorFactory))
     own: set[str] = set()
     dict_list_map_inplace(lambda value: own.add(value.key), asked)
     everywhere: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(everywhere, own)
-    if missing := sorted(set().union(*everywhere) - types(folder).keys()):
+    if missing := sorted(set().union(*everywhere) - stored.state_dict_metadata.keys()):
         raise UserError(
             f"{folder} lacks {some(missing)}, which this run's model asks for: the checkpoint is of another model, or "
             "of a run with other parts"
