@@ -80,6 +80,7 @@ class MegatronTrainer:
         self.options, self.context = options, context
         self._optimizer: Any = None
         self._offload = Offload()
+        self._reference: list[Tensor] | None = None
 
     # ---- Life ------------------------------------------------------------------------------------------------
 
@@ -101,7 +102,6 @@ class MegatronTrainer:
         self._chunks = [DistributedDataParallel(self._config, self._ddp, chunk) for chunk in chunks]
         self._passes = Passes(self._chunks, self._config, self._device)
         self._passes.overlap(self._ddp)
-        self._reference = self._copy() if context.reference else None
 
     def _take_device(self) -> torch.device:
         if not self.context.gpus:
@@ -165,8 +165,8 @@ class MegatronTrainer:
         self._optimizer = get_megatron_optimizer(settings.optimizer(options, self._ddp), self._chunks)
         self._scheduler = schedule.build(self._optimizer, options, stage.optimizer_steps)
         self._zero()
-        if self._reference is not None:
-            self._reference = self._copy()
+        if self.context.reference:
+            self._remember()
 
     def sleep(self) -> None:
         """Gives the memory of parameters, gradients and optimizer back; everything waits in host memory."""
@@ -205,14 +205,27 @@ class MegatronTrainer:
         """This rank's part of the model."""
         return [own.tensor for own in model.parameters([*self._chunks])]
 
-    def _copy(self) -> list[Tensor]:
-        """It as it is now, in host memory."""
-        return [tensor.detach().to("cpu", copy=True) for tensor in self._tensors()]
-
-    def _put(self, tensors: Sequence[Tensor]) -> None:
+    def _remember(self) -> None:
+        """Makes the reference a copy of the weights as they are now. It stays in the same host memory, which a GPU
+        reads and writes directly."""
+        own = self._tensors()
+        if self._reference is None:
+            pinned = self._device.type == "cuda"
+            self._reference = [torch.empty_like(tensor, device="cpu", pin_memory=pinned) for tensor in own]
         with torch.no_grad():
-            for own, other in zip(self._tensors(), tensors, strict=True):
-                own.copy_(other)
+            for tensor, other in zip(own, self._reference, strict=True):
+                other.copy_(tensor)
+
+    def _swap(self) -> None:
+        """Exchanges weights and reference, one tensor after another: neither is ever held twice."""
+        assert self._reference is not None, "the run was planned without a reference"
+        with torch.no_grad():
+            for own, other in zip(self._tensors(), self._reference, strict=True):
+                held = own.clone()
+                own.copy_(other, non_blocking=True)
+                other.copy_(held, non_blocking=True)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
 
     # ---- Numbers ---------------------------------------------------------------------------------------------
 
@@ -223,13 +236,11 @@ class MegatronTrainer:
             context.hooks.before_logprobs(context=context, step=step, model=self._bare)
         if which == "policy":
             return self._column_of(batch)
-        assert self._reference is not None, "the run was planned without a reference"
-        policy = self._copy()
-        self._put(self._reference)
+        self._swap()
         try:
             return self._column_of(batch)
         finally:
-            self._put(policy)
+            self._swap()
 
     def _column_of(self, batch: Batch) -> NDArray[np.float32] | None:
         column = torch.zeros(batch.tokens_total)
@@ -408,7 +419,8 @@ class MegatronTrainer:
         state = checkpoint.model_state(self._chunks)
         sharded, rest = checkpoint.optimizer_state(self._optimizer, state, loading=False)
         options = self._stage_options.checkpoint
-        whole = {**state, **sharded, **self._reference_state()}
+        reference = None if self._reference is None else list(map(_unpinned, self._reference))
+        whole = {**state, **sharded, **self._reference_state(reference)}
         written = checkpoint.write(whole, folder / checkpoint.FOLDER, options, self._exporter.table.copies)
         counts = {"optimizer_steps": self._scheduler.num_steps, "steps_taken": checkpoint.steps_taken(rest)}
         checkpoint.write_record(folder, {"stage": self._stage.name, **counts})
@@ -426,16 +438,17 @@ class MegatronTrainer:
         state = checkpoint.model_state(self._chunks)
         sharded, rest = checkpoint.optimizer_state(self._optimizer, state, loading=True)
         options = self._stage_options.checkpoint
-        loaded = checkpoint.read({**state, **sharded, **self._reference_state()}, folder / checkpoint.FOLDER, options)
+        whole = {**state, **sharded, **self._reference_state(self._reference)}
+        loaded = checkpoint.read(whole, folder / checkpoint.FOLDER, options)
         checkpoint.put_model(self._chunks, loaded)
         checkpoint.put_optimizer(self._optimizer, loaded["optimizer"], rest, int(record["steps_taken"]))
         self._scheduler.num_steps = 0
         self._scheduler.step(int(record["optimizer_steps"]))
 
-    def _reference_state(self) -> dict[str, Any]:
-        if self._reference is None:
+    def _reference_state(self, reference: Sequence[Tensor] | None) -> dict[str, Any]:
+        if reference is None:
             return {}
-        pairs = zip(self._tensors(), self._reference, strict=True)
+        pairs = zip(self._tensors(), reference, strict=True)
         return checkpoint.reference_state(self._chunks, {own.data_ptr(): other for own, other in pairs})
 
     def save_pretrained(self, folder: Path) -> None:
@@ -446,6 +459,11 @@ class MegatronTrainer:
                 pass
         else:
             pretrained.write(folder, self.context.model, self._exporter.layout(), tensors)
+
+
+def _unpinned(tensor: Tensor) -> Tensor:
+    """What a forked process may write while this one goes on: pinned memory is not copied for it."""
+    return tensor.clone() if tensor.is_pinned() else tensor
 
 
 def _minibatches(batch: Batch) -> list[list[int]]:
