@@ -25,8 +25,9 @@ from miles_core.config.schema import Component, Plan, RewardSection
 from miles_core.plugins import Catalog, discover, resolve
 from miles_core.roles import Bucket
 from miles_core.run import checkpoint, collector, driver
+from miles_core.run.folder import load_plan, write_run_files
 from miles_core.run.model import prepare_model
-from miles_core.run.plan import load_plan, make_plan, write_run_files
+from miles_core.run.plan import make_plan
 from miles_core.run.trackers import forget_after, read_metrics
 from miles_core.sample import Group, Sample
 from miles_core.specs import ModelSpec, RewardSpec, Spec, WeightSyncSpec
@@ -122,7 +123,9 @@ class _Session:
 class _Scorer:
     """`miles_core.run.scoring.Scorer`."""
 
-    def __init__(self, rewards: Sequence[tuple[Component, RewardSection]], plugin_set: Any, workers: int) -> None:
+    def __init__(
+        self, rewards: Sequence[tuple[Component[RewardSpec], RewardSection]], plugin_set: Any, workers: int
+    ) -> None:
         self._rewards = [
             (one.spec.name, section.weight, resolve(one.spec.ref)(one.options)) for one, section in rewards
         ]

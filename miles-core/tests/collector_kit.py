@@ -115,7 +115,7 @@ def plan(
 ) -> schema.Plan:
     """One stage of single-turn rollouts, with the filter nonzero-std if `filtered`."""
 
-    def component(kind: Any, name: str, ref: str = "test:x") -> schema.Component:
+    def component(kind: Any, name: str, ref: str = "test:x") -> schema.Component[Any]:
         return schema.Component(spec=kind(name=name, ref=ref, summary="x"), plugin="test")
 
     trainer = component(TrainerSpec, "none")

@@ -28,7 +28,7 @@ def advantage(inputs, options):
     return BEHAVIOURS[options](inputs)
 
 
-def component(behaviour: str, **traits) -> Component:
+def component(behaviour: str, **traits) -> Component[AdvantageSpec]:
     spec = AdvantageSpec(name="fake", ref="fake_advantages:advantage", summary="a fake", **traits)
     return Component(spec=spec, plugin="miles-fake", options=behaviour)
 

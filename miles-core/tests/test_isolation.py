@@ -13,7 +13,8 @@ import pytest
 
 from miles_core import plugins
 from miles_core.plugins import discover
-from miles_core.run.plan import load_plan, make_plan, write_run_files
+from miles_core.run.folder import load_plan, write_run_files
+from miles_core.run.plan import make_plan
 from miles_core.watchdog import TimeLimitError, time_limit
 
 FILTER = "@hookimpl\ndef miles_filters():\n    yield FilterSpec(name='{name}', ref='{ref}', summary='s')\n"

@@ -45,7 +45,8 @@ from miles_core.config.schema import Plan
 from miles_core.config.traits import loss_columns
 from miles_core.errors import UserError
 from miles_core.plugins import Catalog, Plugin
-from miles_core.run.plan import check_folder, load_plan, make_plan, write_run_files
+from miles_core.run.folder import check_folder, load_plan, write_run_files
+from miles_core.run.plan import make_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -793,6 +794,19 @@ def test_a_model_folder_is_found_with_its_family() -> None:
     model_folder("tokenizer.json", architectures=["TinyForCausalLM"], max_position_embeddings=64)
     assert ("fake-models", "1.0", "fake_models") in plan_of(FOLDER_RUN).plugin_set
     assert plan_of(FOLDER_RUN, "trainer.name=choosy").trainer.spec.name == "choosy"
+
+
+def test_several_families_of_one_architecture_are_not_chosen_between() -> None:
+    model_folder("tokenizer.json", architectures=["TinyForCausalLM"], model_type="tiny")
+    again = dataclasses.replace(MODELS[0], name="other")
+    assert refusal(FOLDER_RUN, plugins=catalog(_plugin("other-models", again))) == (
+        "run.toml:8: 2 installed model families cover TinyForCausalLM: other-models:other and fake-models:tiny. "
+        'Keep one and disable the others\' plugins, as in plugins.disable = ["fake-models"]'
+    )
+    own = dataclasses.replace(again, model_types=("tiny",))
+    assert ("other-models", "1.0", "other_models") in plan_of(
+        FOLDER_RUN, plugins=catalog(_plugin("other-models", own))
+    ).plugin_set
 
 
 def test_a_hub_name_is_left_to_the_run() -> None:

@@ -83,7 +83,7 @@ def reward(
     scope: Literal["sample", "group"] = "sample",
     options: Any = None,
     plugin: str = "miles-core",
-) -> tuple[Component, RewardSection]:
+) -> tuple[Component[RewardSpec], RewardSection]:
     kebab = "".join(f"-{letter.lower()}" if letter.isupper() else letter for letter in name).strip("-")
     spec = RewardSpec(name=kebab, ref=f"scored_rewards:{name}", summary="A test's.", scope=scope)
     return Component(spec=spec, plugin=plugin, options=options), RewardSection(
@@ -110,7 +110,7 @@ def group(*texts: str) -> list[Sample]:
 
 
 @contextlib.contextmanager
-def scorer(*rewards: tuple[Component, RewardSection], workers: int = 1) -> Iterator[Scorer]:
+def scorer(*rewards: tuple[Component[RewardSpec], RewardSection], workers: int = 1) -> Iterator[Scorer]:
     made = Scorer(rewards, (), workers)
     try:
         yield made

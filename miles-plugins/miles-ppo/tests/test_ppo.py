@@ -21,6 +21,7 @@ from miles_core.errors import RunError
 from miles_core.roles import AdvantageInputs, CriticInputs, Segments
 from miles_core.run.advantages import apply_advantage
 from miles_core.sample import Batch
+from miles_core.specs import AdvantageSpec
 from miles_core.testing.fakes import make_batch
 from miles_ppo.advantage import gae
 from miles_ppo.loss import critic
@@ -110,7 +111,7 @@ def test_what_masked_tokens_are_between_turns(between_turns):
     assert got[1] == pytest.approx(0.5**steps * 1 - 0.5)
 
 
-def component(**options) -> Component:
+def component(**options) -> Component[AdvantageSpec]:
     (record,) = miles_ppo.miles_advantages()
     return Component(spec=record, plugin="miles-ppo", options=GAE(**options))
 

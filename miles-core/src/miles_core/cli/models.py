@@ -56,9 +56,9 @@ def model_info(model: str) -> None:
         return
     if "/" not in model and not Path(model).is_dir():
         raise UserError(f"{model!r} is neither a model family nor a folder. {nearest(model, names)}")
-    section = ModelSection(path=model)
-    config = read_config(section, {"model.path": model}, catalog)
-    entry = find_family(section, config, catalog)
+    section, origins = ModelSection(path=model), {"model.path": model}
+    config = read_config(section, origins, catalog)
+    entry = find_family(section, config, origins, catalog)
     if config is None:
         raise UserError(f"{model} is not on this machine")
     if entry is None:

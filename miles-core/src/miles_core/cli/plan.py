@@ -101,10 +101,7 @@ def _summary(plan: Plan, guess: Estimate) -> Iterator[str]:
 
 def _notes(plan: Plan) -> Iterator[str]:
     """What else holds of all runs, and of this one does not."""
-    from miles_core.specs import LossSpec
-
-    specs = [stage.loss.spec for stage in plan.stages]
-    for name in dict.fromkeys(spec.name for spec in specs if isinstance(spec, LossSpec) and spec.compares_samples):
+    for name in dict.fromkeys(stage.loss.spec.name for stage in plan.stages if stage.loss.spec.compares_samples):
         yield f"Note: loss {name!r} compares the samples of a micro-batch, so results depend on how they are packed"
 
 

@@ -334,7 +334,7 @@ def _heard_in_run(target: str, overrides: tuple[str, ...]) -> Iterator[tuple[str
 
     plan = make_plan(target, overrides, open_catalog(target, overrides))
     for role in LIFECYCLE:
-        chosen = [one for one in plan.callbacks if isinstance(one.spec, CallbackSpec) and role in one.spec.runs_on]
+        chosen = [one for one in plan.callbacks if role in one.spec.runs_on]
         order = call_order(role, [resolve(one.spec.ref) for one in chosen])
         for hook, places in order.items():
             if places:

@@ -28,9 +28,9 @@ def train(target: str, overrides: tuple[str, ...]) -> None:
     """
     from miles_core.config.layers import open_catalog
     from miles_core.config.model import load_family
-    from miles_core.run.folder import locked, removed_if_refused
+    from miles_core.run.folder import check_folder, locked, removed_if_refused
     from miles_core.run.model import prepare_model
-    from miles_core.run.plan import check_folder, make_plan
+    from miles_core.run.plan import make_plan
     from miles_core.specs import ModelSpec
 
     catalog = open_catalog(target, overrides)
@@ -46,7 +46,7 @@ def train(target: str, overrides: tuple[str, ...]) -> None:
 def _write(plan: Plan) -> None:
     """Makes the run folder."""
     from miles_core.errors import UserError
-    from miles_core.run.plan import write_run_files
+    from miles_core.run.folder import write_run_files
 
     try:
         write_run_files(plan, plan.folder)
@@ -60,9 +60,8 @@ def _write(plan: Plan) -> None:
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path, file_okay=False))
 def resume(folder: Path) -> None:
     """Go on with a run from its last checkpoint, as if it had never stopped."""
-    from miles_core.run.folder import locked
+    from miles_core.run.folder import load_plan, locked
     from miles_core.run.model import prepare_model
-    from miles_core.run.plan import load_plan
     from miles_core.run.trackers import forget_after
 
     plan = load_plan(folder)

@@ -5,16 +5,46 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from miles_core.config.build import build, convert, plain
 from miles_core.config.schema import Component
 from miles_core.config.source import Key, Node, dotted
 from miles_core.errors import UserError, nearest
 from miles_core.plugins import Catalog, options_of
-from miles_core.specs import Spec
+from miles_core.specs import (
+    AdvantageSpec,
+    CallbackSpec,
+    CorrectionSpec,
+    DataSourceSpec,
+    EngineSpec,
+    FilterSpec,
+    LossSpec,
+    RewardSpec,
+    RolloutSpec,
+    Spec,
+    TrackerSpec,
+    TrainerSpec,
+)
+
+COMPONENTS: Mapping[str, type[Spec]] = {
+    "engine": EngineSpec,
+    "trainer": TrainerSpec,
+    "critic": TrainerSpec,
+    "data": DataSourceSpec,
+    "rollout": RolloutSpec,
+    "reward": RewardSpec,
+    "filters": FilterSpec,
+    "advantage": AdvantageSpec,
+    "loss": LossSpec,
+    "corrections": CorrectionSpec,
+    "callbacks": CallbackSpec,
+    "trackers": TrackerSpec,
+}
+"""Sections that are a component, or a list of some: a name, or a table with one."""
 
 T = TypeVar("T")
+S = TypeVar("S", bound=Spec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +55,15 @@ class Named:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Built:
+class Built(Generic[S]):
     """A component with its options, core's own part of its section, and the section with every default filled in."""
 
-    component: Component
+    component: Component[S]
     section: Any
     node: Node
 
 
-def build_component(kind: type[Spec], table: Node, at: Key, catalog: Catalog, section: type[Any] = Named) -> Built:
+def build_component(kind: type[S], table: Node, at: Key, catalog: Catalog, section: type[Any] = Named) -> Built[S]:
     """The component that `table` describes; `section` is the dataclass of core's own keys, `name` among them.
 
     Raises `UserError` for an unknown name, an unknown key, and whatever `build` refuses.
@@ -96,7 +126,7 @@ def _split(spec: Spec, table: Node, at: Key, section: type[Any]) -> tuple[Node, 
     return Node(first, table.origin), Node(second, table.origin)
 
 
-def _values(section: Any, component: Component) -> dict[str, Any]:
+def _values(section: Any, component: Component[Any]) -> dict[str, Any]:
     return {**plain(section), **(plain(component.options) if component.options is not None else {})}
 
 
@@ -131,7 +161,7 @@ class SectionReader:
         self.tree[key] = completed(plain(section), given)
         return section
 
-    def component(self, key: str, kind: type[Spec], section: type[Any] = Named) -> Built:
+    def component(self, key: str, kind: type[S], section: type[Any] = Named) -> Built[S]:
         """A component that there must be."""
         built = self.optional(key, kind, section)
         if built is None:
@@ -141,7 +171,7 @@ class SectionReader:
             )
         return built
 
-    def optional(self, key: str, kind: type[Spec], section: type[Any] = Named) -> Built | None:
+    def optional(self, key: str, kind: type[S], section: type[Any] = Named) -> Built[S] | None:
         """A component, None if the table has no such section."""
         given = self.table.value.get(key)
         if given is None:
@@ -150,7 +180,7 @@ class SectionReader:
         self.tree[key] = built.node
         return built
 
-    def components(self, key: str, kind: type[Spec], section: type[Any] = Named) -> list[Built]:
+    def components(self, key: str, kind: type[S], section: type[Any] = Named) -> list[Built[S]]:
         """A list of components; a single table is short for a list of one."""
         given = self.table.value.get(key, Node([], "default"))
         items = given.value if isinstance(given.value, list) else [given]

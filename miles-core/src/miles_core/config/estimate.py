@@ -23,7 +23,6 @@ from miles_core.config.schema import ModelSection, Plan, Stage, Teacher
 from miles_core.config.teacher import teacher_config
 from miles_core.config.traits import stage_columns
 from miles_core.plugins import Catalog
-from miles_core.specs import RolloutSpec
 
 FLOAT32 = 4
 _DTYPES = {"float32": 4, "bfloat16": 2}
@@ -53,7 +52,7 @@ class Estimate:
 def estimate(plan: Plan, catalog: Catalog) -> Estimate:
     """The processes of a plan and the memory that the model takes in them."""
     config = read_config(plan.model, plan.origins, catalog)
-    parameters, unknown = _parameters(plan.model, config, catalog)
+    parameters, unknown = _parameters(plan.model, config, plan.origins, catalog)
     processes = [Processes(name="driver", memory={}), Processes(name="collector", memory={})]
     if plan.engine_section is not None:
         engine = plan.engine_section
@@ -85,21 +84,22 @@ def estimate(plan: Plan, catalog: Catalog) -> Estimate:
 def _teacher(plan: Plan, teacher: Teacher, catalog: Catalog) -> Processes:
     """The teacher's engines, which hold its weights and keep no keys and values."""
     engine, config = teacher.engine_section, teacher_config(teacher, plan.origins)
-    model = ModelSection(path=teacher.section.path)
-    parameters, _ = _parameters(model, config, catalog)
+    model, origins = ModelSection(path=teacher.section.path), {"model.path": plan.origins["teacher.path"]}
+    parameters, _ = _parameters(model, config, origins, catalog)
     size = _DTYPES[teacher.section.dtype]
     memory = {"weights": math.ceil(size * parameters / max(engine.gpus, 1))} if parameters else {}
     return Processes(name="teacher", count=engine.count, gpus=engine.gpus, threads=engine.threads, memory=memory)
 
 
-def _parameters(model: ModelSection, config: Mapping[str, Any] | None, catalog: Catalog) -> tuple[int | None, str]:
+def _parameters(
+    model: ModelSection, config: Mapping[str, Any] | None, origins: Mapping[str, str], catalog: Catalog
+) -> tuple[int | None, str]:
     """The number of parameters, or why it is unknown."""
     if config is None:
         return None, f"{model.path} is not on this machine yet"
-    family = find_family(model, config, catalog)
+    family = find_family(model, config, origins, catalog)
     if family is None:
-        names = ", ".join(sorted(architectures(config))) or "a config.json without architectures"
-        return None, f"no installed model plugin covers {names}"
+        return None, f"no installed model plugin covers {architectures(config)}"
     try:
         return load_family(family).parameters(config), ""
     except (KeyError, TypeError, ValueError) as error:  # a config.json that its own family cannot read
@@ -137,7 +137,6 @@ def _engine_memory(plan: Plan, config: Mapping[str, Any], parameters: int) -> di
 
 def _generated(stage: Stage) -> int:
     """Samples that a step of a stage generates."""
-    assert isinstance(stage.rollout.spec, RolloutSpec)
     return stage.schedule.prompts_per_step * stage.schedule.samples_per_prompt if stage.rollout.spec.engine else 0
 
 

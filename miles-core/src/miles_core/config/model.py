@@ -47,35 +47,46 @@ def folder_config(path: str, key: str, where: str) -> dict[str, Any] | None:
     return None if cached is None else _read_json(cached, where)
 
 
-def find_family(model: ModelSection, config: Mapping[str, Any] | None, catalog: Catalog) -> Entry[ModelSpec] | None:
-    """The installed family of the run's model, None if no plugin covers it."""
+def find_family(
+    model: ModelSection, config: Mapping[str, Any] | None, origins: Mapping[str, str], catalog: Catalog
+) -> Entry[ModelSpec] | None:
+    """The installed family of the run's model, None if no plugin covers it. Raises `UserError` if several do."""
     if model.family is not None:
         return catalog.get(ModelSpec, model.family)
-    return family_of(config or {}, catalog)
+    try:
+        return family_of(config or {}, catalog)
+    except UserError as error:
+        raise error.placed(origins["model.path"]) from None
 
 
 def family_of(config: Mapping[str, Any], catalog: Catalog) -> Entry[ModelSpec] | None:
     """The installed family of the model of a config.json, one that asks for its model type before others; None if no
-    plugin covers it."""
+    plugin covers it. Raises `UserError` if several do."""
     found = [entry for entry in catalog.all(ModelSpec) if entry.spec.covers(config)]
-    return next(iter(sorted(found, key=lambda entry: not entry.spec.model_types)), None)
+    found = [entry for entry in found if entry.spec.model_types] or found
+    if len(found) > 1:
+        names = " and ".join(f"{entry.plugin.name}:{entry.spec.name}" for entry in found)
+        raise UserError(
+            f"{len(found)} installed model families cover {architectures(config)}: {names}. Keep one and disable the "
+            f'others\' plugins, as in plugins.disable = ["{found[-1].plugin.name}"]'
+        )
+    return found[0] if found else None
 
 
-def architectures(config: Mapping[str, Any] | None) -> set[str]:
-    """The architectures that a config.json names."""
-    return set((config or {}).get("architectures") or [])
+def architectures(config: Mapping[str, Any]) -> str:
+    """The architectures that a config.json names, in words."""
+    return ", ".join(sorted(config.get("architectures") or [])) or "a config.json without architectures"
 
 
 def without_family(config: Mapping[str, Any], catalog: Catalog, backend: str | None = None) -> str:
     """What to say of a model that no installed family covers: which models they do cover, those that are described for
     a training framework if `backend` says one, and how to write another."""
-    named = ", ".join(sorted(architectures(config))) or "a config.json without architectures"
     kind = f" (model_type {config['model_type']!r})" if "model_type" in config else ""
     specs = [entry.spec for entry in catalog.all(ModelSpec) if backend is None or backend in entry.spec.backends]
     known = ", ".join(f"{spec.name} ({', '.join(spec.model_types or spec.architectures)})" for spec in specs)
     described = f" and described for {backend!r}" if backend else ""
     return (
-        f"no installed model family covers {named}{kind}. Installed{described}: {known or 'none'}. "
+        f"no installed model family covers {architectures(config)}{kind}. Installed{described}: {known or 'none'}. "
         "To write one: docs/how-to/write-a-model-family.md"
     )
 

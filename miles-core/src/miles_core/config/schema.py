@@ -8,11 +8,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from miles_core.roles import PauseMode
 from miles_core.sample import Sampling
-from miles_core.specs import Layout, Options, Spec
+from miles_core.specs import (
+    AdvantageSpec,
+    CallbackSpec,
+    CorrectionSpec,
+    DataSourceSpec,
+    EngineSpec,
+    FilterSpec,
+    Layout,
+    LossSpec,
+    Options,
+    RewardSpec,
+    RolloutSpec,
+    Spec,
+    TrackerSpec,
+    TrainerSpec,
+    WeightSyncSpec,
+)
+
+S_co = TypeVar("S_co", bound=Spec, covariant=True)
 
 OldPolicy = Literal["recompute", "rollout", "interpolate"]
 Aggregation = Literal["token", "sequence", "sequence-sum", "group", "constant"]
@@ -324,10 +342,10 @@ class PluginsSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Component:
+class Component(Generic[S_co]):
     """A record, who declared it, and its options (an instance of its options dataclass, or None)."""
 
-    spec: Spec
+    spec: S_co
     plugin: str
     options: Options = None
 
@@ -337,7 +355,7 @@ class Teacher:
     """The run's teacher, and the engines that serve it."""
 
     section: TeacherSection
-    engine: Component
+    engine: Component[EngineSpec]
     engine_section: EngineSection
 
 
@@ -346,8 +364,8 @@ class StageCritic:
     """The critic in a stage. trainer: the one that trains it, with this stage's options; loss: what it is trained with;
     warmup_steps: of the stage, in which it learns alone."""
 
-    trainer: Component
-    loss: Component
+    trainer: Component[TrainerSpec]
+    loss: Component[LossSpec]
     warmup_steps: int = 0
 
 
@@ -364,15 +382,15 @@ class Stage:
     first_step: int
     schedule: Schedule
     sampling: Sampling
-    data: Component
-    rollout: Component
-    rewards: tuple[tuple[Component, RewardSection], ...]
-    filters: tuple[Component, ...]
-    advantage: Component | None
-    loss: Component
+    data: Component[DataSourceSpec]
+    rollout: Component[RolloutSpec]
+    rewards: tuple[tuple[Component[RewardSpec], RewardSection], ...]
+    filters: tuple[Component[FilterSpec], ...]
+    advantage: Component[AdvantageSpec] | None
+    loss: Component[LossSpec]
     loss_section: LossSection
-    trainer: Component
-    corrections: tuple[Component, ...] = ()
+    trainer: Component[TrainerSpec]
+    corrections: tuple[Component[CorrectionSpec], ...] = ()
     critic: StageCritic | None = None
     kl: KLSection = field(default_factory=KLSection)
 
@@ -402,23 +420,23 @@ class Plan:
     folder: Path
     seed: int
     model: ModelSection
-    engine: Component | None
+    engine: Component[EngineSpec] | None
     engine_section: EngineSection | None
-    trainer: Component
+    trainer: Component[TrainerSpec]
     trainer_section: TrainerSection
-    sync: Component | None
+    sync: Component[WeightSyncSpec] | None
     evaluation: EvaluationSection
     checkpoint: CheckpointSection
     publish: PublishSection
     cluster: ClusterSection
     stages: tuple[Stage, ...]
-    callbacks: tuple[Component, ...]
-    trackers: tuple[Component, ...]
+    callbacks: tuple[Component[CallbackSpec], ...]
+    trackers: tuple[Component[TrackerSpec], ...]
     plugin_set: tuple[tuple[str, str, str], ...]
     values: Mapping[str, Any]
     origins: Mapping[str, str]
     directory: Path = field(default_factory=Path.cwd)
-    critic: Component | None = None
+    critic: Component[TrainerSpec] | None = None
     critic_section: CriticSection | None = None
     teacher: Teacher | None = None
     placement: PlacementSection = field(default_factory=PlacementSection)

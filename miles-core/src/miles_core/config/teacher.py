@@ -13,11 +13,12 @@ from typing import Any
 
 from miles_core.config.model import folder_config
 from miles_core.config.schema import ModelSection, Plan, Teacher
-from miles_core.config.traits import TEACHER, scoring, stage_columns, top_k
+from miles_core.config.traits import TEACHER, stage_columns, top_k
+from miles_core.config.wording import scoring
 from miles_core.errors import UserError
 from miles_core.plugins import Catalog
 from miles_core.run.tokenizers import make_tokenizer, numbered_tokens, tokenizer_mismatch
-from miles_core.specs import AdvantageSpec, EngineSpec, LossSpec
+from miles_core.specs import AdvantageSpec, LossSpec
 
 
 def check_teacher(plan: Plan, catalog: Catalog) -> None:
@@ -50,19 +51,10 @@ def _check_use(plan: Plan, catalog: Catalog) -> None:
 
 
 def _check_engine(plan: Plan, teacher: Teacher, catalog: Catalog) -> None:
-    spec, gpus = teacher.engine.spec, teacher.engine_section.gpus
-    assert isinstance(spec, EngineSpec)
-    where = plan.origins["teacher.engine.name"]
-    if "scores" not in spec.features:
+    if "scores" not in teacher.engine.spec.features:
         raise UserError(
-            f"{where}: engine {spec.name!r} cannot score given tokens, so it cannot serve a teacher; engines that can: "
-            f"{scoring(catalog)}"
-        )
-    if ("cuda" if gpus else "cpu") not in spec.devices:
-        mend = "set teacher.engine.gpus = 0" if gpus else "set teacher.engine.gpus to 1 or more"
-        raise UserError(
-            f"{where}: engine {spec.name!r} runs on {', '.join(sorted(spec.devices))}, but teacher.engine.gpus is "
-            f"{gpus}; {mend}, or choose another engine"
+            f"{plan.origins['teacher.engine.name']}: engine {teacher.engine.spec.name!r} cannot score given tokens, so "
+            f"it cannot serve a teacher; engines that can: {scoring(catalog)}"
         )
 
 

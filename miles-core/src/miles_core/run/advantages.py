@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles_core.config.schema import Component
+from miles_core.config.traits import needed_columns
 from miles_core.errors import RunError
 from miles_core.roles import AdvantageInputs
 from miles_core.run.checks import check_rewards, check_tokens
@@ -18,33 +19,26 @@ from miles_core.sample import Batch
 from miles_core.specs import AdvantageSpec
 
 
-def apply_advantage(batch: Batch, component: Component | None, columns: Collection[str] | None = None) -> Batch:
+def apply_advantage(batch: Batch, component: Component[AdvantageSpec] | None) -> Batch:
     """The batch with the columns that the advantage gives, float64 [N]; the batch as it is without a component.
 
-    columns: the token columns to hand to it; by default what its record needs with its options. Samples that could not
-    be scored are kept from it and get 0. Runs in the collector. Raises RunError, naming the sample where there is one,
-    for a reward or a trained token's column that is not finite, for a plugin that raises, and for given columns that
-    are missing, of the wrong length, not finite, or not 0 where masked.
+    Samples that could not be scored are kept from it and get 0. Runs in the collector. Raises RunError, naming the
+    sample where there is one, for a reward or a trained token's column that is not finite, for a plugin that raises,
+    and for given columns that are missing, of the wrong length, not finite, or not 0 where masked.
     """
     if component is None:
         return batch
     spec = component.spec
-    assert isinstance(spec, AdvantageSpec)
     scored = batch.samples.get("scored", np.ones(len(batch), np.bool_))
     part = batch.select(np.flatnonzero(scored))
     check_rewards(part)
-    names = _needed(spec, component.options) if columns is None else columns
+    names = needed_columns(component)
     for name in sorted(names):
         check_tokens(part, name, part[name], ~np.isfinite(part[name]) & part["mask"], "not finite")
     label = f"advantage {spec.name!r} of {component.plugin}"
     given = _call(spec, component.options, _inputs(part, names), label)
     checked = _checked(part, given, spec, label)
     return batch.with_columns(**{name: _among_all(batch, scored, column) for name, column in checked.items()})
-
-
-def _needed(spec: AdvantageSpec, options: Any) -> frozenset[str]:
-    """The token columns that the record needs with these options."""
-    return spec.needs | {name for name, option in spec.needs_if.items() if getattr(options, option)}
 
 
 def _inputs(batch: Batch, names: Collection[str]) -> AdvantageInputs:

@@ -40,7 +40,6 @@ from miles_core.run.scoring import Scorer
 from miles_core.run.tokenizers import load_tokenizer
 from miles_core.run.weights import aggregate
 from miles_core.sample import Batch, Group, Prompt
-from miles_core.specs import RolloutSpec
 
 DROP_LIMIT = 50
 """Filters may drop this many batches' worth of groups for one batch before the run is given up."""
@@ -277,12 +276,7 @@ class Collector:
         """The last stage that generates says what is evaluated, and how."""
         if not self.plan.evaluation.every:
             return None
-        generating = [
-            index
-            for index, stage in enumerate(self.plan.stages)
-            if isinstance(stage.rollout.spec, RolloutSpec) and stage.rollout.spec.engine
-        ]
-        return generating[-1]
+        return [index for index, stage in enumerate(self.plan.stages) if stage.rollout.spec.engine][-1]
 
     async def evaluate(self, step: int) -> dict[str, float]:
         """Metrics of the weights of version `step` on the first prompts of the held-out split."""
@@ -339,8 +333,7 @@ def _taught(batch: Batch) -> dict[str, float]:
 
 def _scores(stage: Stage) -> bool:
     """Whether anything comes of the rewards: what is read from the data and read by no advantage is not scored."""
-    generates = isinstance(stage.rollout.spec, RolloutSpec) and stage.rollout.spec.engine
-    return bool(stage.rewards) and (stage.advantage is not None or generates)
+    return bool(stage.rewards) and (stage.advantage is not None or stage.rollout.spec.engine)
 
 
 def group_metrics(groups: list[Group]) -> dict[str, float]:

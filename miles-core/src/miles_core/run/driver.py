@@ -31,6 +31,7 @@ from miles_core.run.model import prepare_teacher, vocabulary_size
 from miles_core.run.producer import built
 from miles_core.run.trackers import METRICS_FILE, JsonLines
 from miles_core.run.turns import Turns
+from miles_core.specs import TrackerSpec
 
 POLICY = "policy"
 """Folder of the finished policy, in the run's."""
@@ -96,7 +97,7 @@ class Run:
         self._unnamed: tuple[int, contextlib.AsyncExitStack] | None = None  # the checkpoint that is being written
         self._critic_begun: int | None = None  # that of the critic, which sits out stages without values
 
-    def _tracker(self, component: Component) -> Tracker:
+    def _tracker(self, component: Component[TrackerSpec]) -> Tracker:
         with _blaming(f"tracker {component.spec.name}"):
             tracker: Tracker = built(component, self.info)
             return tracker

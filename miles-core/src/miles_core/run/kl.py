@@ -20,6 +20,7 @@ import numpy as np
 from miles_core.config.schema import Component, KLSection, Stage
 from miles_core.config.traits import kl_weights
 from miles_core.sample import Batch
+from miles_core.specs import AdvantageSpec
 
 BOUND = 0.2
 """Of the relative error that one batch counts with."""
@@ -40,7 +41,9 @@ class KLControl:
         """None if the stage adapts nothing."""
         return cls(stage) if stage.kl.target is not None and kl_weights(stage) else None
 
-    def apply(self, batch: Batch, advantage: Component | None) -> tuple[Batch, Component | None]:
+    def apply(
+        self, batch: Batch, advantage: Component[AdvantageSpec] | None
+    ) -> tuple[Batch, Component[AdvantageSpec] | None]:
         """The batch or the advantage, whichever weighs the divergence, with the weight now."""
         now = {self._option: self.coefficient}
         if self._where == "loss":

@@ -22,9 +22,8 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from miles_core.config.schema import OldPolicy, Stage
-from miles_core.config.traits import loss_columns, needed_columns
+from miles_core.config.traits import loss_columns, needed_columns, reads_entropy
 from miles_core.roles import Correction, CorrectionInputs, Loss, LossInputs, LossOutputs, TrainStage
-from miles_core.specs import LossSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,13 +60,12 @@ class Objective:
 def train_stage(stage: Stage) -> TrainStage:
     """What a trainer does in a stage. Imports the loss and its corrections, so it is for the trainer's processes."""
     spec, options = stage.loss.spec, stage.loss.options
-    assert isinstance(spec, LossSpec)
     corrections = tuple((one.spec.name, resolve_name(one.spec.ref), one.options) for one in stage.corrections)
     return TrainStage(
         name=stage.name,
         loss=Objective(loss=resolve_name(spec.ref), corrections=corrections, old_policy=stage.loss_section.old_policy),
         loss_options=options,
-        entropy=spec.entropy_if is not None and bool(getattr(options, spec.entropy_if)),
+        entropy=reads_entropy(stage.loss),
         needs=loss_columns(stage),
         optimizer_steps=stage.schedule.optimizer_steps - stage.warmup_steps * stage.schedule.updates_of_a_batch,
         options=stage.trainer.options,

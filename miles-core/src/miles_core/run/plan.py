@@ -1,31 +1,30 @@
 """The plan: a run file with every name resolved and every value checked, before a process is started.
 
 `make_plan` reads the layers, builds core's sections and the options of every component, finds the weight sync, and
-checks what the components say they need (`miles_core.config.traits`). A plan can be written as a run file that gives
-the same plan again, which is how a run is resumed.
+checks what the components say they need (`miles_core.config.check_run`). A plan can be written as a run file that gives
+the same plan again (`miles_core.run.folder`), which is how a run is resumed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from miles_core.config import schema, traits
+from miles_core.config import schema
 from miles_core.config.build import build, plain
+from miles_core.config.check_run import check_run
 from miles_core.config.components import Built, SectionReader, as_table, build_component, build_options, completed
-from miles_core.config.layers import RunSource, check_effect, read_run, read_run_file
+from miles_core.config.layers import RunSource, check_effect, read_run
 from miles_core.config.model import find_family, read_config
-from miles_core.config.source import Key, Node, dotted, item_name, merge, toml_text
+from miles_core.config.source import Key, Node, dotted, item_name, merge
 from miles_core.config.teacher import check_teacher
+from miles_core.config.traits import reads_advantage, reads_values
+from miles_core.config.wording import critic_loss_line, reading_values, scoring
 from miles_core.errors import UserError, nearest
-from miles_core.plugins import CORE, Catalog, discover, normalised
+from miles_core.plugins import CORE, Catalog, normalised
 from miles_core.sample import Sampling
 from miles_core.specs import (
     AdvantageSpec,
@@ -37,6 +36,7 @@ from miles_core.specs import (
     LossSpec,
     RewardSpec,
     RolloutSpec,
+    Spec,
     TrackerSpec,
     TrainerSpec,
     WeightSyncSpec,
@@ -56,8 +56,6 @@ RUN_KEYS = (
 
 DEFAULT_ROLLOUT = "single-turn"
 DEFAULT_STAGE = "train"
-RUN_FILE = "run.toml"
-MANIFEST = "manifest.json"
 
 _OF_THE_RUN = {
     "trainer": frozenset(field.name for field in dataclasses.fields(schema.TrainerSection)),
@@ -71,7 +69,12 @@ def make_plan(target: str, overrides: Sequence[str], catalog: Catalog) -> schema
 
     Runs on the driver; imports options modules and model families, nothing heavy. Raises `UserError`.
     """
-    return _Planner(read_run(target, overrides, catalog), catalog).plan()
+    return plan_of(read_run(target, overrides, catalog), catalog)
+
+
+def plan_of(source: RunSource, catalog: Catalog) -> schema.Plan:
+    """The plan of what was said. Raises `UserError`."""
+    return _Planner(source, catalog).plan()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +126,7 @@ class _Planner:
         if self.critic is not None and all(stage.critic is None for stage in stages):
             raise UserError(
                 f"{self.doc.value['critic'].origin}: there is a critic, but no advantage reads its values; remove "
-                f"[critic], or choose an advantage that reads them ({traits.reading_values(self.catalog)})"
+                f"[critic], or choose an advantage that reads them ({reading_values(self.catalog)})"
             )
         tree = Node(read.tree, self.doc.origin)
         check_effect(self.source, _effective(tree), [stage.name for stage in stages if "stages" in read.tree])
@@ -157,8 +160,8 @@ class _Planner:
     def _finish(self, plan: schema.Plan) -> schema.Plan:
         """What depends on the components together: their checks, the weight sync, the plugins they come from."""
         config = read_config(plan.model, plan.origins, self.catalog)
-        family = find_family(plan.model, config, self.catalog)
-        traits.check(plan, config, family, self.catalog)
+        family = find_family(plan.model, config, plan.origins, self.catalog)
+        check_run(plan, config, family, self.catalog)
         check_teacher(plan, self.catalog)
         plan = dataclasses.replace(plan, sync=_find_sync(plan, self.catalog))
         used = {component.plugin for component in _components(plan)} | ({family.plugin.name} if family else set())
@@ -176,7 +179,7 @@ class _Planner:
         read.tree |= completed(plain(run), Node(given, self.doc.origin)).value
         return run
 
-    def _critic(self, read: SectionReader) -> Built | None:
+    def _critic(self, read: SectionReader) -> Built[TrainerSpec] | None:
         """The run's critic, with the options that the stages share."""
         if "critic" not in self.doc.value:
             return None
@@ -198,7 +201,7 @@ class _Planner:
         if "engine" not in given.value:
             raise UserError(
                 f"{given.origin}: teacher.engine is missing; add it with the name of an engine that scores "
-                f"({traits.scoring(self.catalog)})"
+                f"({scoring(self.catalog)})"
             )
         served = SectionReader(given, ("teacher",), self.catalog)
         engine = served.component("engine", EngineSpec, schema.EngineSection)
@@ -252,10 +255,10 @@ class _Planner:
         options = build_options(self.trainer.spec, table.value["trainer"], (*at, "trainer"))
         trainer = dataclasses.replace(self.trainer, options=options)
         read.tree["trainer"] = completed(plain(trainer.options) or {}, table.value["trainer"])
-        if not traits.generates(rollout.component):
+        if not rollout.component.spec.engine:
             corrections = []
             read.tree["corrections"] = Node([], read.tree["corrections"].origin)
-        if advantage is not None and not traits.reads_advantage([loss.component, *corrections], trainer):
+        if advantage is not None and not reads_advantage([loss.component, *corrections], trainer):
             advantage = None
             del read.tree["advantage"]
         stage = schema.Stage(
@@ -273,7 +276,7 @@ class _Planner:
             corrections=tuple(corrections),
             trainer=trainer,
             kl=kl,
-            critic=self._stage_critic(read) if advantage and traits.reads_values(advantage.component) else None,
+            critic=self._stage_critic(read) if advantage and reads_values(advantage.component) else None,
         )
         return stage, read.tree
 
@@ -288,7 +291,7 @@ class _Planner:
         of_loss = SectionReader(table, at, self.catalog)
         loss = of_loss.optional("loss", LossSpec)
         if loss is None:
-            raise UserError(f"{said}: {dotted(at)} has no loss; add {traits.critic_loss_line(self.catalog)}")
+            raise UserError(f"{said}: {dotted(at)} has no loss; add {critic_loss_line(self.catalog)}")
         name = Node(f"{self.critic.plugin}:{self.critic.spec.name}", table.origin)
         others = {key: node for key, node in table.value.items() if key != "loss"}
         built = build_component(
@@ -364,7 +367,7 @@ def _free_name(parent: Path, name: str) -> str:
     return free
 
 
-def _find_sync(plan: schema.Plan, catalog: Catalog) -> schema.Component | None:
+def _find_sync(plan: schema.Plan, catalog: Catalog) -> schema.Component[WeightSyncSpec] | None:
     """The weight sync of the run's trainer and engine."""
     if plan.engine is None:
         return None
@@ -400,9 +403,16 @@ def _find_sync(plan: schema.Plan, catalog: Catalog) -> schema.Component | None:
     )
 
 
-def _components(plan: schema.Plan) -> list[schema.Component]:
+def _components(plan: schema.Plan) -> list[schema.Component[Spec]]:
     """Every component of a plan."""
-    whole = [plan.engine, plan.trainer, plan.critic, plan.sync, *plan.callbacks, *plan.trackers]
+    whole: list[schema.Component[Spec] | None] = [
+        plan.engine,
+        plan.trainer,
+        plan.critic,
+        plan.sync,
+        *plan.callbacks,
+        *plan.trackers,
+    ]
     whole += [plan.teacher.engine] if plan.teacher else []
     for stage in plan.stages:
         whole += [stage.data, stage.rollout, stage.advantage, stage.loss, *stage.corrections, *stage.filters]
@@ -416,92 +426,3 @@ def named_leaves(tree: Node) -> Iterator[tuple[Key, Node]]:
     names = [item_name(stage) for stage in tree.value["stages"].value] if "stages" in tree.value else []
     for path, node in tree.leaves():
         yield (path[0], str(names[int(path[1])]), *path[2:]) if path[0] == "stages" else path, node
-
-
-# ---- Run folders --------------------------------------------------------------------------------------------------
-
-
-def check_folder(plan: schema.Plan) -> None:
-    """Refuses a run folder that exists, before anything is written. Raises `UserError`."""
-    if plan.folder.exists():
-        raise UserError(
-            f"run folder {plan.folder} exists already; choose another name (name=…), or go on with that run: "
-            f"miles resume {plan.folder}"
-        )
-
-
-def write_run_files(plan: schema.Plan, folder: Path) -> None:
-    """Writes the resolved run file and the manifest (plugins, versions, origins) that `load_plan` reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_FILE).write_text(toml_text(plan.values), encoding="utf-8")
-    text = json.dumps(_manifest(plan), indent=2, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-def _manifest(plan: schema.Plan) -> dict[str, Any]:
-    import platform
-
-    from miles_core import PLUGIN_API
-
-    return {
-        "plugin_api": PLUGIN_API,
-        "plugins": [list(plugin) for plugin in plan.plugin_set],
-        "versions": {"python": platform.python_version(), **_versions("torch", "transformers", "ray", CORE)},
-        "origins": dict(plan.origins),
-        "directory": str(plan.directory),
-    }
-
-
-def _versions(*names: str) -> dict[str, str]:
-    """Installed versions, without importing anything; what is not installed is left out."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def load_plan(folder: Path, catalog: Catalog | None = None) -> schema.Plan:
-    """The plan of an existing run folder, equal to the one it was started with.
-
-    Changes to the directory in which the run was started, if it is there, so that relative paths mean what they meant.
-    Raises `UserError` if the folder holds no run, or if its plugins are not installed in the same versions.
-    """
-    folder = folder.absolute()
-    manifest = _read_manifest(folder)
-    doc = read_run_file(folder / RUN_FILE)
-    with contextlib.suppress(OSError):
-        os.chdir(manifest["directory"])
-    if catalog is None:
-        disabled = doc.plain().get("plugins", {}).get("disable", [])
-        catalog = discover(disable=disabled)
-    wanted = tuple(tuple(plugin) for plugin in manifest["plugins"])
-    _check_plugins(folder, wanted, catalog)
-    started_with = {name for name, _, _ in wanted}  # names mean what they meant, whatever was installed since
-    catalog = Catalog(tuple(plugin for plugin in catalog.plugins if plugin.name in started_with))
-    plan = _Planner(RunSource(doc=doc, name=folder.name), catalog).plan()
-    return dataclasses.replace(plan, folder=folder, origins=manifest["origins"])
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} holds no run: there is no {MANIFEST} in it") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / MANIFEST}:{error.lineno}: this is not valid JSON: {error.msg}") from None
-    return manifest
-
-
-def _check_plugins(folder: Path, wanted: Sequence[tuple[str, ...]], catalog: Catalog) -> None:
-    installed = {plugin.name: plugin.version for plugin in catalog.plugins if plugin.status == "active"}
-    for name, version, _ in wanted:
-        if installed.get(name) != version:
-            found = f"{installed[name]} is installed" if name in installed else "it is not active here"
-            raise UserError(
-                f"run {folder} was started with {name} {version}, but {found}; pip install {name}=={version}"
-            )

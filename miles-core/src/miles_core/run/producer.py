@@ -15,6 +15,7 @@ from miles_core.plugins import resolve
 from miles_core.roles import DataContext, DataSource, Rollout, Tokenizer
 from miles_core.run.scoring import Scorer
 from miles_core.sample import Completion, Group, IntArray, Prompt, Sampling
+from miles_core.specs import Spec
 
 
 class Engines(Protocol):
@@ -169,6 +170,6 @@ class Producer:
         return int.from_bytes(digest, "big") >> 1
 
 
-def built(component: Component, *args: Any) -> Any:
+def built(component: Component[Spec], *args: Any) -> Any:
     """A component's object, `Class(options, *args)`."""
     return resolve(component.spec.ref)(component.options, *args)

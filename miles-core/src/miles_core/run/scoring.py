@@ -42,7 +42,7 @@ class Scorer:
 
     def __init__(
         self,
-        rewards: Sequence[tuple[Component, RewardSection]],
+        rewards: Sequence[tuple[Component[RewardSpec], RewardSection]],
         plugin_set: Sequence[tuple[str, str, str]],
         workers: int,
     ) -> None:
@@ -134,13 +134,14 @@ class Scorer:
         return replace(sample, reward=total, rewards=parts)
 
 
-def _setups(rewards: Sequence[tuple[Component, RewardSection]], versions: dict[str, str]) -> list[RewardSetup]:
+def _setups(
+    rewards: Sequence[tuple[Component[RewardSpec], RewardSection]], versions: dict[str, str]
+) -> list[RewardSetup]:
     """What workers must know; a reward that is there twice is told apart by a number."""
     seen: Counter[str] = Counter()
     setups = []
     for component, section in rewards:
         spec = component.spec
-        assert isinstance(spec, RewardSpec)
         seen[spec.name] += 1
         setups.append(
             RewardSetup(
