@@ -53,7 +53,7 @@ max_new_tokens = 1
 name = "torch"
 [data]
 name = "jsonl"
-path = "none.jsonl"
+path = {prompts}
 [reward]
 name = "exact"
 [advantage]
@@ -152,12 +152,14 @@ async def compare(session: Session, folder: Path, plan: Any, work: Work, pipe: A
 
 
 def plan_of(folder: Path, work: Work, options: dict[str, Any], gpus: int) -> Any:
-    """The plan of a run with this engine."""
-    file = folder / "rollout.toml"
+    """The plan of a run with this engine; its data are never read."""
+    file, prompts = folder / "rollout.toml", folder / "prompts.jsonl"
+    prompts.write_text('{"prompt": "", "answer": ""}\n')
     file.write_text(
         RUN.format(
             folder=json.dumps(str(folder)),
             model=json.dumps(str(folder)),
+            prompts=json.dumps(str(prompts)),
             length=work.max_tokens,
             dtype=json.dumps("bfloat16" if gpus else "float32"),
             gpus=gpus,

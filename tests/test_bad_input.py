@@ -31,6 +31,10 @@ def miles(tmp_path_factory: pytest.TempPathFactory) -> Miles:
         (["run.toml", "schedule.steps=0"], "schedule.steps must be at least 1"),
         (["broken.toml"], "broken.toml:1"),
         (["existing.toml"], "bare has no tokenizer"),
+        (
+            ["run.toml", "data.path=date.jsonl"],
+            "flag data.path=date.jsonl: data.path: there is no file date.jsonl. Did",
+        ),
         (["existing.toml", "model.path=nowhere"], "model.path 'nowhere' is no folder"),
         (["run.toml", "folder=taken", "name=there"], "taken/there exists already; choose another name"),
         (["run.toml", "folder=/proc/nothing"], "the run folder /proc/nothing/run cannot be made"),
@@ -53,12 +57,16 @@ def test_what_is_no_run_cannot_be_resumed(miles: Miles, folder: str) -> None:
     assert f"{miles.folder / folder} holds no run" in ended.err
 
 
-def test_a_checkpoint_that_was_tampered_with_is_named(miles: Miles, tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_tampered_with_is_named(
+    miles: Miles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from miles_core.config.layers import open_catalog
-    from miles_core.run.plan import make_plan, write_run_files
+    from miles_core.run.folder import write_run_files
+    from miles_core.run.plan import make_plan
 
     target = str(miles.folder / "plain.toml")
     Path(target).write_text(RUN.replace('callbacks = ["probe"]', "").replace('"even"', '"exact"'))
+    monkeypatch.chdir(miles.folder)
     plan = make_plan(target, [], open_catalog(target, []))
     write_run_files(plan, tmp_path)
     last = tmp_path / "checkpoints/step-00000002"

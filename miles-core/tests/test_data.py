@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections import Counter
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from miles_core.errors import UserError
 from miles_core.roles import DataContext, Tokenizer
-from miles_core.run.data import Jsonl
+from miles_core.run.data import Jsonl, check
 from miles_core.run.data_options import JsonlOptions
 from miles_core.run.tokenizers import load_tokenizer, make_tokenizer
 from miles_core.sample import Prompt
@@ -192,6 +193,37 @@ def test_a_missing_file_is_refused_with_the_nearest(tokenizer: Tokenizer, number
         source(tokenizer, numbers.with_name("number.jsonl"))
     with pytest.raises(UserError, match="is no folder, or an empty one"):
         source(tokenizer, numbers.parent / "none" / "numbers.jsonl")
+
+
+LINE = '{"prompt": "a", "answer": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "error"),
+    [
+        ({}, {}, r"data.path: there is no file data.jsonl. . is no folder, or an empty one."),
+        ({"date.jsonl": LINE}, {}, r"data.path: there is no file data.jsonl. Did you mean 'date.jsonl'"),
+        ({"data.jsonl/a": LINE}, {}, r"data.path: data.jsonl is a folder; name its files, as in data.jsonl/\*.jsonl"),
+        ({"data.jsonl": ""}, {}, r"data.path: data.jsonl: empty; each line must be a JSON object"),
+        ({"data.jsonl": "hello\n" + LINE}, {}, r"data.path: data.jsonl:1: not JSON: Expecting value at column 1"),
+        ({"data.jsonl": LINE}, {"prompt_key": "q"}, r"data.path: data.jsonl:1: there is no key 'q' \(data.prompt_key"),
+        ({"data.jsonl": LINE}, {"metadata_keys": ("level",)}, r"there is no key 'level' \(data.metadata_keys\)"),
+        ({"data.jsonl": LINE}, {"eval_path": "eval.jsonl"}, r"data.eval_path: there is no file eval.jsonl"),
+        ({"a": LINE, "b": '{"prompt": "a"}'}, {"path": "?"}, r"data.path: b:1: there is no key 'answer'"),
+        ({"data.jsonl": LINE + "hello"}, {}, None),  # a light look is at first lines alone
+        ({"a": "", "b": LINE}, {"path": ("a", "b")}, None),
+        ({"data.jsonl": '{"prompt": "a"}'}, {"answer_key": ""}, None),
+    ],
+)
+def test_a_light_look_finds_wrong_files_and_wrong_first_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], options: dict[str, Any], error: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+    with contextlib.nullcontext() if error is None else pytest.raises(UserError, match=error):
+        check(JsonlOptions(**{"path": "data.jsonl", **options}))
 
 
 def test_evaluation_without_prompts_of_its_own_is_refused(tokenizer: Tokenizer, numbers: Path) -> None:

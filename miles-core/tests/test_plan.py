@@ -115,8 +115,15 @@ def check_divides(
         raise ValueError(f"ranks: {description} cannot be divided by {world_size}")
 
 
+def check_lines(options: Lines) -> None:
+    if options.limit == 0:
+        raise ValueError(f"data.limit leaves nothing of data.path {options.path}")
+    if options.extra:
+        raise ValueError("they are not what they seem")
+
+
 fake = types.ModuleType("fake_options")
-for item in (Clipped, Optimizer, TrainerOptions, Lines, Threshold, TinyFamily, describe, check_divides):
+for item in (Clipped, Optimizer, TrainerOptions, Lines, Threshold, TinyFamily, describe, check_divides, check_lines):
     setattr(fake, item.__name__, item)
 sys.modules["fake_options"] = fake
 
@@ -699,6 +706,21 @@ def test_a_trainer_refuses_what_only_it_knows_and_a_family_what_it_cannot_descri
         "run.toml:8: model family 'tiny' does not describe itself for 'iron', which trainer 'dividing' needs; "
         "families that do: none"
     )
+
+
+def test_a_data_source_refuses_what_only_it_knows_with_the_line_of_the_option_that_it_names() -> None:
+    lines = DataSourceSpec(
+        **_said("seen", options="fake_options:Lines", answers=True), check="fake_options:check_lines"
+    )
+    plugins = catalog(_plugin("fake-seen", lines))
+    run, staged = (text.replace('name = "lines"', 'name = "seen"') for text in (RUN, STAGED))
+    assert plan_of(run, plugins=plugins).stages[0].data.spec == lines
+    limit = "data.limit leaves nothing of data.path train.jsonl"
+    assert refusal(run.replace('"seen"', '"seen"\nlimit = 0'), plugins=plugins) == f"run.toml:12: {limit}"
+    assert refusal(run, "data.limit=0", plugins=plugins) == f"flag data.limit=0: {limit}"
+    assert refusal(run, "data.extra.x=1", plugins=plugins) == "run.toml:11: they are not what they seem"
+    flag = "stages.rl.data.limit=0"
+    assert refusal(staged, flag, plugins=plugins) == f"flag {flag}: {limit}"
 
 
 def test_a_trainer_refuses_a_critic_by_its_own_ranks_and_beside_its_policy() -> None:

@@ -46,6 +46,7 @@ def miles_data_sources() -> Iterable[DataSourceSpec]:
         name="jsonl",
         ref="miles_core.run.data:Jsonl",
         options="miles_core.run.data_options:JsonlOptions",
+        check="miles_core.run.data:check",
         example="miles_core.run.examples:jsonl",
         summary="Prompts from a file of JSON lines",
         answers=True,

@@ -174,10 +174,20 @@ class RolloutSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSourceSpec(Spec):
-    """A source of prompts: `ref` is a `roles.DataSource` class. answers: its prompts carry a reference answer."""
+    """A source of prompts: `ref` is a `roles.DataSource` class.
+
+    answers: its prompts carry a reference answer. check: "module:function", in a module that imports nothing heavy, or
+    None: `miles plan` calls it with the options, and shows the `ValueError` that it raises beside the line of the
+    option that the message names. It is for a light look, such as whether files are there.
+    """
 
     kind: ClassVar[str] = "data source"
     answers: bool = False
+    check: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_refs(self, check=self.check)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from miles_core.config.schema import Plan, Stage
+from miles_core.config.source import blame
 from miles_core.config.traits import (
     ALWAYS,
     TEACHER,
@@ -23,7 +24,7 @@ from miles_core.config.wording import (
     scoring,
 )
 from miles_core.errors import UserError
-from miles_core.plugins import Catalog
+from miles_core.plugins import Catalog, resolve
 from miles_core.specs import TrainerSpec
 
 
@@ -36,6 +37,7 @@ def check_stage(plan: Plan, stage: Stage, catalog: Catalog) -> None:
     _check_baseline(plan, stage)
     _check_rewards(plan, stage)
     _check_lengths(plan, stage)
+    _check_data(plan, stage)
 
 
 # ---- Losses and the columns that they read --------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def _needs_no_reward(plan: Plan, stage: Stage) -> bool:
     return taught and not rewarded and not stage.filters and not plan.evaluation.every
 
 
-# ---- Generation ----------------------------------------------------------------------------------------------------
+# ---- Generation and data --------------------------------------------------------------------------------------------
 
 
 def _check_engine(plan: Plan, stage: Stage) -> None:
@@ -206,3 +208,17 @@ def _check_lengths(plan: Plan, stage: Stage) -> None:
             f"{stage.sampling.max_new_tokens}, which leaves no room for a prompt within model.max_tokens = "
             f"{plan.model.max_tokens}; lower the one or raise the other"
         )
+
+
+def _check_data(plan: Plan, stage: Stage) -> None:
+    """What the check of the stage's data source refuses."""
+    if stage.data.spec.check is None:
+        return
+    check = resolve(stage.data.spec.check)
+    try:
+        check(stage.data.options)
+    except ValueError as error:
+        section = f"stages.{stage.name}.data." if "stages" in plan.values else "data."
+        given = {name.removeprefix(section): said for name, said in plan.origins.items() if name.startswith(section)}
+        named = {option: origin for option, origin in given.items() if origin != "default"}
+        raise UserError(f"{blame(str(error), named) or given['name']}: {error}") from error

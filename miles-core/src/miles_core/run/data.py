@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,37 @@ class Jsonl:
         return order
 
 
+def check(options: JsonlOptions) -> None:
+    """What the record calls before a run starts: there are files, and the first line of each is an object with the keys
+    that are asked for. Raises `UserError`."""
+    for name, given in (("data.path", options.path), ("data.eval_path", options.eval_path)):
+        if given is not None:
+            files = _files(name, given)
+            try:
+                _check_first_lines(files, options)
+            except UserError as error:
+                raise error.placed(name) from error
+
+
+def _check_first_lines(files: Sequence[Path], options: JsonlOptions) -> None:
+    first = [row for file in files for row in islice(_rows([file]), 1)]
+    if not first:
+        raise _empty(files)
+    for where, row in first:
+        _value(row, options.prompt_key, "data.prompt_key", where)
+        _answer(row, options, where)
+        for key in options.metadata_keys:
+            _value(row, key, "data.metadata_keys", where)
+
+
+def _empty(files: Sequence[Path]) -> UserError:
+    return UserError(f"{_listed(files)}: empty; each line must be a JSON object")
+
+
+def _listed(files: Sequence[Path]) -> str:
+    return ", ".join(map(str, files))
+
+
 @dataclass
 class _Tally:
     """What became of the lines."""
@@ -90,6 +122,11 @@ def _paths(options: JsonlOptions, context: DataContext) -> list[Path]:
         name, given = "data.eval_path", options.eval_path
     else:
         raise UserError("evaluation needs prompts of its own: set data.eval_path, or data.holdout to a fraction")
+    return _files(name, given)
+
+
+def _files(name: str, given: str | Sequence[str]) -> list[Path]:
+    """The files that the option `name` says, of which there are some."""
     return [path for pattern in ([given] if isinstance(given, str) else given) for path in _matches(name, pattern)]
 
 
@@ -97,6 +134,8 @@ def _matches(name: str, pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_file():
         return [path]
+    if path.is_dir():
+        raise UserError(f"{name}: {pattern} is a folder; name its files, as in {path / '*.jsonl'}")
     files = sorted(match for match in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if match.is_file())
     if not files:
         there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -108,10 +147,13 @@ def _matches(name: str, pattern: str) -> list[Path]:
 def _rows(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line's "file:line" and object."""
     for path in paths:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                where = f"{path}:{number}"
-                yield where, _row(line, where)
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    where = f"{path}:{number}"
+                    yield where, _row(line, where)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _row(line: bytes, where: str) -> dict[str, Any]:
@@ -176,9 +218,9 @@ def _content(row: Mapping[str, Any], options: JsonlOptions) -> str:
 
 
 def _report(tally: _Tally, prompts: Sequence[Prompt], paths: Sequence[Path], context: DataContext) -> None:
-    files = ", ".join(str(path) for path in paths)
+    files = _listed(paths)
     if not tally.read:
-        raise UserError(f"{files}: empty; each line must be a JSON object")
+        raise _empty(paths)
     if tally.too_long:
         dropped = (
             f"{files}: {len(tally.too_long)} of {tally.read - tally.other_split} prompts are longer than the "
