@@ -937,7 +937,7 @@ def test_a_line_of_a_run_file_that_its_recipe_hides_is_refused(recipes: Catalog)
         ("circle-a", "recipe 'circle-a' builds on itself: circle-a -> circle-b -> circle-a"),
         ("broken", "recipe broken, line 1: this is not valid TOML"),
         ("absent", "recipe 'absent' of plugin fake-recipes cannot be read"),
-        ("newer", "recipe 'newer' needs pytest>=9999, found "),
+        ("newer", "recipe 'newer' needs pytest>=9999, and "),
         ("lacking", "recipe 'lacking' needs no-such-distribution>=1, which is not installed; pip install '"),
     ],
 )

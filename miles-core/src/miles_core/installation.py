@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -32,6 +32,11 @@ class Need:
     requirement: str
     found: str | None
     good: bool
+
+    @property
+    def lack(self) -> str:
+        """What a sentence on a need that is not good ends with."""
+        return "which is not installed" if self.found is None else f"and {self.found} is installed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,13 @@ def need(text: str) -> Need:
     found = _version(wanted.name)
     good = found is not None and wanted.specifier.contains(found, prereleases=True)
     return Need(requirement=text, found=found, good=good)
+
+
+def unmet(requirements: Iterable[str]) -> Iterator[Need]:
+    """Those of the requirements that apply here and are not met."""
+    for text in requirements:
+        if _applies(Requirement(text), "") and not (found := need(text)).good:
+            yield found
 
 
 def extras(name: str) -> list[str]:

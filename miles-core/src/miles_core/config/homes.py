@@ -10,41 +10,10 @@ from collections.abc import Callable, Mapping
 
 from packaging.requirements import Requirement
 
+from miles_core.config.components import COMPONENTS
 from miles_core.config.source import Node
 from miles_core.plugins import CORE, Catalog, Entry, normalised
-from miles_core.specs import (
-    AdvantageSpec,
-    CallbackSpec,
-    CorrectionSpec,
-    DataSourceSpec,
-    EngineSpec,
-    FilterSpec,
-    LossSpec,
-    ModelSpec,
-    RecipeSpec,
-    RewardSpec,
-    RolloutSpec,
-    Spec,
-    TrackerSpec,
-    TrainerSpec,
-    WeightSyncSpec,
-)
-
-COMPONENTS: Mapping[str, type[Spec]] = {
-    "advantage": AdvantageSpec,
-    "callbacks": CallbackSpec,
-    "corrections": CorrectionSpec,
-    "critic": TrainerSpec,
-    "data": DataSourceSpec,
-    "engine": EngineSpec,
-    "filters": FilterSpec,
-    "loss": LossSpec,
-    "reward": RewardSpec,
-    "rollout": RolloutSpec,
-    "trackers": TrackerSpec,
-    "trainer": TrainerSpec,
-}
-"""Sections that are a component, or a list of some: a name, or a table with one."""
+from miles_core.specs import ModelSpec, RecipeSpec, Spec, WeightSyncSpec
 
 NAMES: Mapping[tuple[str, str], type[Spec]] = {
     ("model", "family"): ModelSpec,

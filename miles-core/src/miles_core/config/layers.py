@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.resources
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from miles_core.config.homes import with_plugins
 from miles_core.config.source import Node, dotted, merge, read_flags, read_toml
 from miles_core.config.upstream import read_upstream, split
 from miles_core.errors import UserError
+from miles_core.installation import unmet
 from miles_core.plugins import Catalog, Entry, discover
 from miles_core.specs import RecipeSpec
 
@@ -28,20 +28,9 @@ class RunSource:
 
 def check_requirements(spec: RecipeSpec) -> None:
     """Raises `UserError` for the first of a recipe's requirements that is not installed."""
-    from packaging.requirements import Requirement
-
-    for text in spec.requires:
-        requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate():
-            continue
-        try:
-            found = version(requirement.name)
-        except PackageNotFoundError:
-            raise UserError(
-                f"recipe {spec.name!r} needs {text}, which is not installed; pip install '{text}'"
-            ) from None
-        if not requirement.specifier.contains(found, prereleases=True):
-            raise UserError(f"recipe {spec.name!r} needs {text}, found {found}; pip install '{text}'")
+    if (need := next(unmet(spec.requires), None)) is not None:
+        text = need.requirement
+        raise UserError(f"recipe {spec.name!r} needs {text}, {need.lack}; pip install '{text}'")
 
 
 def read_run(

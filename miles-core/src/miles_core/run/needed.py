@@ -10,43 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from miles_core.config.components import COMPONENTS
 from miles_core.config.layers import read_run
 from miles_core.config.source import Node
 from miles_core.errors import UserError
-from miles_core.installation import Machine, need, needs
+from miles_core.installation import Machine, needs, unmet
 from miles_core.plugins import CORE, Catalog, Entry
 from miles_core.run.plan import make_plan
-from miles_core.specs import (
-    AdvantageSpec,
-    CallbackSpec,
-    CorrectionSpec,
-    DataSourceSpec,
-    EngineSpec,
-    FilterSpec,
-    LossSpec,
-    RecipeSpec,
-    RewardSpec,
-    RolloutSpec,
-    Spec,
-    TrackerSpec,
-    TrainerSpec,
-)
-
-_KINDS: Mapping[str, type[Spec]] = {
-    "engine": EngineSpec,
-    "trainer": TrainerSpec,
-    "critic": TrainerSpec,
-    "data": DataSourceSpec,
-    "rollout": RolloutSpec,
-    "reward": RewardSpec,
-    "filters": FilterSpec,
-    "advantage": AdvantageSpec,
-    "loss": LossSpec,
-    "corrections": CorrectionSpec,
-    "callbacks": CallbackSpec,
-    "trackers": TrackerSpec,
-}
-"""Sections that name components."""
+from miles_core.specs import RecipeSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +52,15 @@ def missing(target: str, overrides: Sequence[str], catalog: Catalog, machine: Ma
 
 def _of_recipes(recipes: Iterable[RecipeSpec]) -> Iterator[Missing]:
     for spec in recipes:
-        for text in spec.requires:
-            if not (state := need(text)).good:
-                yield Missing(what=f"recipe {spec.name!r} needs {text}, {_found(state.found)}", install=text)
+        for one in unmet(spec.requires):
+            yield Missing(what=f"recipe {spec.name!r} needs {one.requirement}, {one.lack}", install=one.requirement)
 
 
 def _of_components(doc: Node, catalog: Catalog) -> Iterator[Missing]:
     """What the plugins of the run's components need for themselves, and for the extras that their records name."""
     for key, name, on_gpus in _named(doc.plain()):
         try:
-            entry: Entry[Any] = catalog.get(_KINDS[key], name)
+            entry: Entry[Any] = catalog.get(COMPONENTS[key], name)
         except UserError as error:
             yield Missing(what=f"{key}: {error}")
             continue
@@ -102,20 +72,15 @@ def _of_components(doc: Node, catalog: Catalog) -> Iterator[Missing]:
 def _of_component(entry: Entry[Any], extras: Iterable[str]) -> Iterator[Missing]:
     for extra in extras:
         install = f"{entry.plugin.name}[{extra}]" if extra else entry.plugin.name
-        for state in needs(entry.plugin.name, extra):
-            if not state.good:
+        for need in needs(entry.plugin.name, extra):
+            if not need.good:
                 who = f"{entry.spec.kind} {entry.spec.name!r}"
-                what = f"{who} needs {state.requirement} ({install}), {_found(state.found)}"
-                yield Missing(what=what, install=install)
-
-
-def _found(version: str | None) -> str:
-    return "which is not installed" if version is None else f"and {version} is installed"
+                yield Missing(what=f"{who} needs {need.requirement} ({install}), {need.lack}", install=install)
 
 
 def _named(run: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
     """Section, name and whether it asks for GPUs, of every component that a run, its stages or its teacher name."""
-    for key in _KINDS:
+    for key in COMPONENTS:
         given = run.get(key)
         for item in given if isinstance(given, list) else [given]:
             name = item.get("name") if isinstance(item, dict) else item

@@ -13,21 +13,12 @@ from miles_core.testing.subject import Subject, skip
 
 def can_be_planned(subject: Subject[RecipeSpec]) -> Iterator[str]:
     """`miles plan` accepts it, with the example's options over it, where everything that it requires is installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    from packaging.requirements import Requirement
-
+    from miles_core.installation import unmet
     from miles_core.plugins import discover
     from miles_core.run.plan import make_plan
 
-    for text in subject.spec.requires:
-        requirement = Requirement(text)
-        try:
-            found = version(requirement.name)
-        except PackageNotFoundError:
-            skip(f"it requires {text}, which is not installed")
-        if not requirement.specifier.contains(found, prereleases=True):
-            skip(f"it requires {text}, and {found} is installed")
+    if (need := next(unmet(subject.spec.requires), None)) is not None:
+        skip(f"it requires {need.requirement}, {need.lack}")
     try:
         flags = [f"folder={subject.folder}", *(f"{name}={value}" for name, value in _dotted(subject.example.options))]
         make_plan(f"{subject.plugin.name}:{subject.spec.name}", flags, discover())
