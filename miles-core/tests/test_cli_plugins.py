@@ -276,6 +276,11 @@ def miles_weight_syncs():
         name="a", ref="acme_loss:fn", receiver="acme_loss:Receiver", trainer="t", engine="e", summary="s"
     )
 """
+CHECKED = """
+@hookimpl
+def miles_data_sources():
+    yield DataSourceSpec(name="a", ref="acme_loss:fn", check="acme_check:check", summary="s")
+"""
 RECIPE = "@hookimpl\ndef miles_recipes():\n    yield RecipeSpec(name='a', ref='acme_bad:absent.toml', summary='s')"
 
 BROKEN: dict[str, tuple[str, dict[str, str], str, str]] = {
@@ -285,6 +290,12 @@ BROKEN: dict[str, tuple[str, dict[str, str], str, str]] = {
     "heavy options": (
         WITH_OPTIONS,
         {"sglang": "", "acme_options": "import sglang\n" + dataclass("a: int = 1")},
+        "imports_lightly",
+        "importing it also imports sglang",
+    ),
+    "heavy check": (
+        CHECKED,
+        {"sglang": "", "acme_check": "import sglang\ndef check(options): ..."},
         "imports_lightly",
         "importing it also imports sglang",
     ),
@@ -311,6 +322,12 @@ BROKEN: dict[str, tuple[str, dict[str, str], str, str]] = {
         {},
         "references_resolve",
         "weight sync a: acme_loss:Receiver cannot be loaded: AttributeError",
+    ),
+    "absent check": (
+        CHECKED,
+        {"acme_check": ""},
+        "references_resolve",
+        "data source a: acme_check:check cannot be loaded: AttributeError",
     ),
     "absent recipe": (RECIPE, {}, "references_resolve", "recipe a: acme_bad:absent.toml cannot be read"),
     "command": (

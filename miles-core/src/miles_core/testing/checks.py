@@ -24,7 +24,7 @@ from typing import Any
 
 from miles_core.errors import MissingExtraError, PluginError, UserError
 from miles_core.plugins import CORE, HEAVY, Plugin, one_line, options_of, resolve
-from miles_core.specs import CallbackSpec, CommandSpec, RecipeSpec, Spec, TrainerSpec, WeightSyncSpec
+from miles_core.specs import CallbackSpec, CommandSpec, ModelSpec, RecipeSpec, Spec
 from miles_core.testing.kits import RecordRule, rules_of
 from miles_core.testing.subject import SkippedError, Subject
 from miles_core.watchdog import TimeLimitError, time_limit
@@ -143,15 +143,16 @@ def bounds_core(plugin: Plugin) -> Iterator[str]:
 
 
 def imports_lightly(plugin: Plugin) -> Iterator[str]:
-    """Its module and its options modules import no torch, ray, sglang, megatron or transformers."""
-    options = {record.options.partition(":")[0] for record in plugin.records if record.options}
+    """Its module, and those of options, checks and backends, import no torch, ray, sglang, megatron or transformers."""
+    planned = {ref for record in plugin.records for ref in [*_refs(record, "options"), *_planned(record)]}
+    modules = sorted({ref.partition(":")[0] for ref in planned})
     code = (
         "import importlib, json, sys\n"
         "sys.path[:] = json.loads(sys.argv[1])\n"
         "for module in sys.argv[2:]: importlib.import_module(module)\n"
         "print(); print(json.dumps(list(sys.modules)))"
     )
-    command = [sys.executable, "-c", code, json.dumps(sys.path), plugin.entry, *sorted(options)]
+    command = [sys.executable, "-c", code, json.dumps(sys.path), plugin.entry, *modules]
     try:
         done = subprocess.run(  # noqa: S603 — our own interpreter
             command, capture_output=True, text=True, timeout=_IMPORT_S, stdin=subprocess.DEVNULL, check=False
@@ -178,9 +179,7 @@ def _reference_faults(record: Spec) -> Iterator[str]:
     if isinstance(record, RecipeSpec):
         yield from _recipe_faults(record)
         return
-    other = record.receiver if isinstance(record, WeightSyncSpec) else None
-    other = record.critic if isinstance(record, TrainerSpec) else other
-    for ref in filter(None, (record.ref, other, record.example)):
+    for ref in [*_refs(record, "ref", "receiver", "critic", "flags", "example"), *_planned(record)]:
         try:
             target = resolve(ref)
         except PluginError as error:
@@ -193,6 +192,16 @@ def _reference_faults(record: Spec) -> Iterator[str]:
 
         if not isinstance(resolve(record.ref), click.Command):
             yield f"{record.ref} is no click.Command"
+
+
+def _refs(record: Spec, *fields: str) -> list[str]:
+    """The references in those fields of a record that it has."""
+    return [ref for field in fields if (ref := getattr(record, field, None))]
+
+
+def _planned(record: Spec) -> list[str]:
+    """The references beside its options that are called while a run is planned."""
+    return [*_refs(record, "check"), *(record.backends.values() if isinstance(record, ModelSpec) else ())]
 
 
 def _recipe_faults(recipe: RecipeSpec) -> Iterator[str]:
@@ -278,15 +287,13 @@ _UNKNOWN = "no-such-option"
 
 
 def _round_trip_faults(options: type) -> Iterator[str]:
-    import tomli_w
-
     from miles_core.config.build import build, plain
-    from miles_core.config.source import read_toml
+    from miles_core.config.source import read_toml, toml_text
 
     defaults = _defaults(options)
     if defaults is None:
         return
-    text = tomli_w.dumps(_without_unset(plain(defaults)))
+    text = toml_text(plain(defaults))
     again: object = build(options, read_toml(text, lambda line: f"line {line}"), ())
     if again != defaults:
         yield f"its defaults {defaults!r} come back from a run file as {again!r}"
@@ -294,13 +301,6 @@ def _round_trip_faults(options: type) -> Iterator[str]:
 
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _without_unset(value: Any) -> Any:
-    """TOML has no null: what is not set is left out."""
-    if isinstance(value, dict):
-        return {key: _without_unset(item) for key, item in value.items() if item is not None}
-    return value
 
 
 def records_are_the_same_again(plugin: Plugin) -> Iterator[str]:
