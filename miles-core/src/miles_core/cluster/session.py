@@ -285,11 +285,6 @@ def _heard(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-def put(value: Any) -> Any:
-    """A reference to `value` in the object store."""
-    return ray.put(value)
-
-
 def translated(error: BaseException, member: Member, method: str) -> BaseException:
     """A member's failure as an error for people."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, (UserError, RunError)):
