@@ -283,7 +283,7 @@ class EngineContext:
     index: which of the run's engines it is; gone: those that have failed and will not come back. max_tokens: longest
     prompt plus response; threads: CPU threads it may use; hooks: calls `RolloutHooks` of the run's callbacks. verify:
     weights are compared with what the trainer has sent. sleeps: `sleep` will be called, so what it holds on GPUs must
-    be able to go and come back. lost: to be called, on the event loop, with the reason, by an engine that finds that it
+    be able to go and come back. lost: to be called with the reason, in any thread, by an engine that finds that it
     cannot go on, because a process of its own has ended: the run starts another in its place.
     """
 

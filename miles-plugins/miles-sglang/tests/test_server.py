@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import signal
+import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 from sglang_kit import REASON, ask, collect, context_of
@@ -18,34 +26,25 @@ from miles_sglang.engine import SglangEngine
 from miles_sglang.options import EngineOptions
 from miles_sglang.server import Server, arguments
 
-TAKEN = """
-import json, pathlib, sys
-fields = json.loads(sys.stdin.readline())
-with open({ports!r}, "a") as file:
-    file.write(str(fields["port"]) + "\\n")
-print("ERROR: [Errno 98] error while attempting to bind on address: address already in use")
-sys.exit(1)
-"""
-
-
-DIES = """
+FAKE = """
 import http.server, json, os, sys
 fields = json.loads(sys.stdin.readline())
 class Handler(http.server.BaseHTTPRequestHandler):
-    def answer(self, text):
+    def answer(self, answer):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(text)
+        self.wfile.write(json.dumps(answer).encode())
     def do_GET(self):
-        self.answer(b"")
+        self.answer({"weight_version": fields["weight_version"]})
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/generate":
             print("the scheduler hit an exception", flush=True)
             os._exit(9)
-        self.answer(b"[true]")
+        self.answer([True])
 http.server.ThreadingHTTPServer((fields["host"], fields["port"]), Handler).serve_forever()
 """
+"""A server that dies when it is to generate."""
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, script: str, version: str = module.TESTED) -> None:
@@ -77,13 +76,50 @@ def test_a_server_that_dies_at_start_is_heard(tmp_path: Path, monkeypatch: pytes
         asyncio.run(server.start())
 
 
-def test_a_taken_port_is_tried_again_with_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ports = tmp_path / "ports"
-    stand_in(monkeypatch, TAKEN.format(ports=str(ports)))
-    with pytest.raises(RunError, match="address already in use"):
-        asyncio.run(Server({}, context_of(tmp_path)).start())
-    tried = ports.read_text().split()
-    assert len(tried) == len(set(tried)) == module.ATTEMPTS
+class Other(BaseHTTPRequestHandler):
+    """Another program, which has an answer to everything."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"weight_version": "another"}')
+
+    def log_message(self, *args: Any, **named: Any) -> None: ...
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port at which another program answers."""
+    other = ThreadingHTTPServer(("127.0.0.1", 0), Other)
+    Thread(target=other.serve_forever).start()
+    yield other.server_port
+    other.shutdown()
+    other.server_close()
+
+
+def test_a_taken_port_is_left_for_another_whoever_answers_there(
+    taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, FAKE)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        ports = [taken, free.getsockname()[1]]
+    monkeypatch.setattr(module, "_free_port", iter(ports).__next__)
+    server = Server({}, context_of(tmp_path))
+    try:
+        asyncio.run(server.start())
+        assert server.url == f"http://127.0.0.1:{ports[1]}"
+        assert server.ended is None
+    finally:
+        server.stop()
+
+
+def test_ports_that_are_all_taken_are_told_of(taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, FAKE)
+    monkeypatch.setattr(module, "_free_port", lambda: taken)
+    server = Server({}, context_of(tmp_path))
+    with pytest.raises(RunError, match=r"(?s)exit code 1.*Address already in use"):
+        asyncio.run(server.start())
+    assert server.log.read_text().count("Address already in use") == module.ATTEMPTS
 
 
 def test_another_version_of_sglang_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +130,7 @@ def test_another_version_of_sglang_is_refused(tmp_path: Path, monkeypatch: pytes
 
 def test_a_server_that_dies_while_it_generates_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("aiohttp", reason=REASON)
-    stand_in(monkeypatch, DIES)
+    stand_in(monkeypatch, FAKE)
     save_model(make_model(), tmp_path / "model")
 
     async def run() -> None:
@@ -122,3 +158,25 @@ def test_a_colocated_server_can_give_its_gpu_memory_back(tmp_path: Path, monkeyp
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install torch_memory_saver, or set placement\.sleep = false"):
         asyncio.run(Server({}, context).start())
+
+
+def test_a_server_that_ends_while_nobody_asks_for_anything_is_told_of_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp", reason=REASON)
+    stand_in(monkeypatch, FAKE)
+    save_model(make_model(), tmp_path / "model")
+
+    async def run() -> str:
+        told: asyncio.Queue[str] = asyncio.Queue()
+        engine = SglangEngine(EngineOptions(), replace(context_of(tmp_path), lost=told.put_nowait))
+        await engine.start()
+        try:
+            assert told.empty()
+            assert engine.server._process is not None
+            os.kill(engine.server._process.pid, signal.SIGKILL)
+            return await asyncio.wait_for(told.get(), 10)
+        finally:
+            await engine.stop()
+
+    assert re.match(r"(?s)engine 0: the SGLang server ended with exit code -9 \(log: ", asyncio.run(run()))

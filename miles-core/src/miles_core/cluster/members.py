@@ -298,9 +298,9 @@ class EngineMember(_Process):
         self.lost: MemberDiedError | None = None
 
     def _lose(self, reason: str) -> None:
-        """The engine cannot go on: from now on every call says so."""
+        """The engine cannot go on: from now on whoever asks hears why. Called in any thread."""
         self.lost = self.lost or MemberDiedError(reason)
-        self.news.set()
+        self.loop.call_soon_threadsafe(self.news.set)
 
     def _failure(self, error: Exception, method: str) -> UserError | RunError:
         return self.lost or super()._failure(error, method)
@@ -313,7 +313,7 @@ class EngineMember(_Process):
         """Prepares the process and imports the engine."""
         assert self.plan.engine is not None
         self._enter()
-        self.news = asyncio.Event()
+        self.news, self.loop = asyncio.Event(), asyncio.get_running_loop()
         self._build = resolve(self.plan.engine.spec.ref)
 
     async def start(self) -> None:

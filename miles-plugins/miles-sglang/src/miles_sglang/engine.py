@@ -30,12 +30,16 @@ from miles_sglang.server import Server
 if TYPE_CHECKING:
     from torch import Tensor
 
+WATCH_S = 0.5
+"""How often is looked whether the server has ended."""
+
 INSIST_S = 0.2
 """How soon an abort is sent again: one that overtakes its request on the way finds nothing to end."""
 
 MEMORY = ["weights", "kv_cache", "cuda_graph"]
 """What the server gives back, in its own words."""
 
+_JSON = {"Content-Type": "application/json"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _STATUS: Mapping[str, Status] = {"stop": "completed", "length": "truncated", "abort": "aborted"}
 _PAUSES: Mapping[str, str] = {"retract": "retract", "in-place": "in_place"}
@@ -95,6 +99,7 @@ class SglangEngine:
         extra = partial(import_extra, needed_by="engine 'sglang'", install="miles-sglang[engine]")
         http, self._orjson = extra("aiohttp"), extra("orjson")
         await self.server.start()
+        self._spawn(self._watch())
         self._loop = asyncio.get_running_loop()
         self._session = http.ClientSession(connector=http.TCPConnector(limit=0), timeout=http.ClientTimeout(total=None))
         if self.context.frozen:
@@ -102,6 +107,12 @@ class SglangEngine:
             await self.resume()
         if self.context.hooks is not None:
             self.context.hooks.engine_started(context=self.context)
+
+    async def _watch(self) -> None:
+        """The run hears of it when the server ends, also while nobody asks it for anything."""
+        while self.server.ended is None:  # noqa: ASYNC110 — a process tells nobody
+            await asyncio.sleep(WATCH_S)
+        self.server.failure()
 
     async def stop(self) -> None:
         """Ends the server; who still waits hears of it."""
@@ -138,7 +149,8 @@ class SglangEngine:
         import aiohttp
 
         try:
-            async with self._session.post(f"{self.server.url}/{path}", json=body) as answer:
+            url, data = f"{self.server.url}/{path}", self._orjson.dumps(body)
+            async with self._session.post(url, data=data, headers=_JSON) as answer:
                 if answer.status == 400:
                     raise UserError(f"SGLang refuses /{path}: {_message(_json(await answer.text()))}")
                 if answer.status != 200:
@@ -146,15 +158,7 @@ class SglangEngine:
                     raise RunError(f"{self.server.name}: SGLang answers /{path} with {answer.status}: {text[:2000]}")
                 yield answer
         except aiohttp.ClientError as error:
-            raise await self._lost(path, error) from error
-
-    async def _lost(self, path: str, error: Exception) -> RunError:
-        """Why the server does not answer: in most cases it has ended, or is about to."""
-        for _ in range(50):
-            if self.server.ended is not None:
-                return self.server.failure()
-            await asyncio.sleep(0.1)
-        return RunError(f"{self.server.name}: SGLang does not answer /{path}: {error!r} (log: {self.server.log})")
+            raise await asyncio.to_thread(self.server.lost, path, error) from error
 
     # ---- Generating ----------------------------------------------------------------------------------------------
 

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Mapping
+from http.client import HTTPException
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +28,9 @@ TESTED = "0.5.17"
 
 ATTEMPTS = 3
 """How often a start is tried when another program has taken the port meanwhile."""
+
+ENDING_S = 5.0
+"""How long a server that does not answer may take to end."""
 
 COMMAND = (sys.executable, "-P", "-m", "miles_sglang.serve")
 """-P: what lies in the working folder is not imported."""
@@ -95,6 +100,7 @@ class Server:
         self.ranks = int(options.get("tp_size", max(context.gpus, 1))) * int(options.get("pp_size", 1))
         self.name, self.log = f"engine {context.index}", context.folder / f"sglang-{context.index}.log"
         self.url = ""
+        self._mark = secrets.token_hex(8)  # by which it is told from whoever else may answer at its port
         self._options, self._context = options, context
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -117,7 +123,7 @@ class Server:
     def _launch(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        fields = arguments(self._options, self._context) | {"port": port}
+        fields = arguments(self._options, self._context) | {"port": port, "weight_version": self._mark}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 — our own interpreter
                 COMMAND,
@@ -134,10 +140,15 @@ class Server:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:  # noqa: S310 — our own server
-                return bool(answer.status == 200)
-        except OSError:
+            self._get("health")
+            return bool(json.loads(self._get("model_info"))["weight_version"] == self._mark)
+        except (OSError, HTTPException, ValueError, LookupError, TypeError):  # or another program answers there
             return False
+
+    def _get(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"{self.url}/{path}", timeout=5) as answer:  # noqa: S310 — our own server
+            body: bytes = answer.read()
+            return body
 
     @property
     def ended(self) -> int | None:
@@ -152,11 +163,21 @@ class Server:
             return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
 
     def failure(self) -> RunError:
-        """That the server has ended, and what it said last."""
-        return RunError(
+        """That the server has ended, and what it said last. The run hears of it."""
+        reason = (
             f"{self.name}: the SGLang server ended with exit code {self.ended} (log: {self.log}). It said last:\n"
             f"{self.tail()}"
         )
+        self._context.lost(reason)
+        return RunError(reason)
+
+    def lost(self, path: str, error: Exception) -> RunError:
+        """Why the server does not answer: in most cases it has ended, or is about to. Blocks until it has."""
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(ENDING_S)
+                return self.failure()
+        return RunError(f"{self.name}: SGLang does not answer /{path}: {error!r} (log: {self.log})")
 
     def stop(self) -> None:
         """Ends the process and all that it has started; returns when it has ended."""

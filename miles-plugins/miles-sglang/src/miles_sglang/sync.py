@@ -12,10 +12,11 @@ import contextlib
 import json
 import socket
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 import torch
@@ -184,24 +185,20 @@ def join(address: str, timeout: timedelta = timedelta(minutes=5)) -> TCPStore:
 
 def ask(server: Server, path: str, **body: Any) -> str:
     """Waits for a server, and gives its message. `RunError` unless it has done what it was asked."""
-    answer = _post(f"{server.url}/{path}", body, server)
+    request = urllib.request.Request(  # noqa: S310 — our own server, by HTTP
+        f"{server.url}/{path}", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request) as response:  # noqa: S310
+            text = response.read()
+    except HTTPError as error:
+        text = error.read()
+    except (OSError, HTTPException) as error:
+        raise server.lost(path, error) from error
+    try:
+        answer = json.loads(text)
+    except ValueError:  # words
+        answer = {"message": text.decode(errors="replace")}
     if not answer.get("success"):
         raise RunError(f"weight sync: {server.name}: /{path}: {answer.get('message', answer)} (log: {server.log})")
     return str(answer.get("message"))
-
-
-def _post(url: str, body: Mapping[str, Any], server: Server) -> Mapping[str, Any]:
-    request = urllib.request.Request(  # noqa: S310 — our own server, by HTTP
-        url, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request) as answer:  # noqa: S310
-            text = answer.read()
-    except HTTPError as error:
-        text = error.read()
-    except (URLError, OSError) as error:
-        if server.ended is not None:
-            raise server.failure() from error
-        raise RunError(f"weight sync: {server.name} does not answer: {error} (log: {server.log})") from error
-    answer_: Mapping[str, Any] = json.loads(text)
-    return answer_
