@@ -12,6 +12,7 @@ from miles_core.config.schema import ModelSection, TeacherSection
 from miles_core.errors import UserError
 from miles_core.roles import ModelFamily
 from miles_core.run.tokenizers import check_tokenizer, make_tokenizer, tokenizer_mismatch
+from miles_core.run.weight_files import check_weights
 
 
 def prepare_model(section: ModelSection, family: ModelFamily | None, folder: Path) -> Path:
@@ -72,18 +73,8 @@ def _existing(path: str, key: str = "model.path") -> Path:
     except ValueError as error:
         raise UserError(f"{key} = {path!r}: {config} is not JSON: {error}") from error
     check_tokenizer(folder)
-    _check_weights(folder)
+    check_weights(folder)
     return folder.resolve()
-
-
-def _check_weights(folder: Path) -> None:
-    """Weights are read from safetensors alone: others are pickled code. A folder without any is a new model."""
-    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    if pickled and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder} has its weights only as {pickled[0]}; save it again with transformers' `save_pretrained`, "
-            "which writes safetensors"
-        )
 
 
 def _downloaded(name: str, key: str) -> Path:

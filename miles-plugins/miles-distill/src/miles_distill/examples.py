@@ -13,5 +13,5 @@ def with_teacher(folder: Path) -> Example:
     """A folder that looks like a teacher's, whose weights nobody reads."""
     fields = {"architectures": ["Qwen3ForCausalLM"], **make_tokenizer("ascii", folder)}
     (folder / "config.json").write_text(json.dumps(fields), "utf-8")
-    (folder / "model.safetensors").touch()
+    (folder / "model.safetensors").write_bytes(bytes([2, *7 * [0]]) + b"{}")  # no tensors
     return Example(options={"teacher": {"path": str(folder)}})
