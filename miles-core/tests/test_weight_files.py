@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from miles_core.config.model import folder_config
 from miles_core.errors import UserError
 from miles_core.run.weight_files import check_weights, tensors
 
@@ -60,3 +61,12 @@ def test_damaged_files_are_refused(folder: Path, damage: Callable[[Path], object
     damage(folder)
     with pytest.raises(UserError, match=error):
         check_weights(folder)
+
+
+def test_the_plan_of_a_run_says_where_the_folder_is_named(folder: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    assert folder_config(str(folder), "model.path", "run.toml:8") == {}
+    cut(-1)(folder)
+    with pytest.raises(UserError, match=rf"^run.toml:8: model folder .*{FIRST} is damaged or incomplete"):
+        folder_config(str(folder), "model.path", "run.toml:8")

@@ -16,6 +16,7 @@ from miles_core.plugins import Catalog, Entry, resolve
 from miles_core.roles import ModelFamily
 from miles_core.run.model import prepare_model
 from miles_core.run.tokenizers import check_tokenizer
+from miles_core.run.weight_files import check_weights
 from miles_core.specs import ModelSpec
 
 
@@ -119,6 +120,7 @@ def _folder_config(folder: Path, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: model folder {folder} has no config.json, so it is no Hugging Face model")
     try:
         check_tokenizer(folder)
+        check_weights(folder)
     except UserError as error:
         raise UserError(f"{where}: model folder {error}") from None
     return _read_json(config, where)
