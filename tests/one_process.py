@@ -116,6 +116,9 @@ class _Session:
     async def gather(self, calls: Sequence[Any], deadline_s: float | None = None) -> list[Any]:
         return list(await asyncio.gather(*(self.ask(member, method, *args) for member, method, args in calls)))
 
+    async def dead(self, members: Sequence[Member]) -> dict[str, BaseException]:
+        return {}
+
     async def stop(self) -> None:
         await self.ask_all(self.members, "close")
 
