@@ -27,7 +27,7 @@ from miles_core.megatron import MegatronModel, Weight
 from miles_core.roles import Bucket, BucketLayout
 from miles_megatron.model import Local, parameters
 
-BUCKET_BYTES = 64 * 2**20
+BUCKET_BYTES = 256 * 2**20
 """A bucket holds at most this much, unless it is one larger tensor."""
 
 

@@ -17,7 +17,7 @@ from miles_torch.checkpoint import disk_errors
 from miles_torch.model import config_of
 from miles_torch.sharding import whole
 
-BUCKET_BYTES = 64 * 2**20
+BUCKET_BYTES = 256 * 2**20
 """A bucket holds at most this much, unless it is one larger tensor."""
 
 
