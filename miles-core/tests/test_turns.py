@@ -37,11 +37,13 @@ def test_one_sleeps_while_the_other_works() -> None:
         turns = Turns(session, sleeps=True)
         await turns.begin([TRAINER], [ENGINE])
         assert session.taken() == ["engine 0 sleep"]
+        assert turns.training
         await turns.train()
         assert session.taken() == []
         to_engines = ["engine 0 wake weights", "publish", "trainer 0 sleep", "engine 0 wake all"]
         await turns.generate(session.publish, new=True)
         assert session.taken() == to_engines
+        assert not turns.training
         await turns.generate(session.publish)
         assert session.taken() == []
         await turns.train()

@@ -69,6 +69,21 @@ def test_with_gpus_the_server_takes_them_all_and_sglangs_own_defaults(tmp_path: 
     assert not {"device", "attention_backend", "mem_fraction_static"} & fields.keys()
 
 
+@pytest.mark.parametrize(
+    ("said", "mend"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", "lower server.mem_fraction_static"),
+        ("RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.", "lower model.max_tokens"),
+    ],
+)
+def test_with_too_little_memory_it_is_said_what_to_lower(
+    said: str, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, f"import sys; print({said!r}); sys.exit(1)")
+    with pytest.raises(RunError, match=rf"(?s){re.escape(said)}\n.*{mend}"):
+        asyncio.run(Server({}, context_of(tmp_path)).start())
+
+
 def test_a_server_that_dies_at_start_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, "import sys; print('no such quantization: int3'); sys.exit(7)")
     server = Server({}, context_of(tmp_path))

@@ -290,16 +290,16 @@ class Run:
 
     async def _collected(self, method: str) -> Any:
         """What the collector gives for the step, however long that takes: it knows itself who keeps it waiting, but for
-        engines that have failed. Those that share GPUs are started again while it is their turn."""
+        engines that have failed."""
         while True:
             answer = await self.session.ask(
                 self.collector, method, self.step, POLL_S, deadline_s=POLL_S + self.session.deadline_s
             )
-            if (answer is None or self.plan.placement.takes_turns) and await self._mend():
-                await self._training()
-                await self._generating(new=True)
             if answer is not None:
                 return answer
+            if await self._mend():
+                await self._training()
+                await self._generating(new=True)
 
     async def reference(self, batch: BatchRef) -> BatchRef:
         """The batch with the columns that only the trainer, the critic and the teacher can compute, side by side."""
@@ -395,7 +395,9 @@ class Run:
         return True
 
     async def _training(self) -> None:
-        """What comes next is for the trainer."""
+        """What comes next is for the trainer. Engines that share its GPUs can be started only before."""
+        if not self.turns.training:
+            await self._mend()
         with self._timed("turns"):
             await self.turns.train()
 

@@ -27,6 +27,11 @@ class Turns:
         self._engines: Sequence[Member] = ()
         self._training = True
 
+    @property
+    def training(self) -> bool:
+        """Whether the trainer may work as it is."""
+        return self._training or not self._sleeps
+
     async def begin(self, trainers: Sequence[Member], engines: Sequence[Member]) -> None:
         """The engines have started, and sleep."""
         self._trainers, self._engines = trainers, engines

@@ -30,7 +30,7 @@ from miles_sglang.server import Server
 if TYPE_CHECKING:
     from torch import Tensor
 
-WATCH_S = 0.5
+WATCH_S = 0.2
 """How often is looked whether the server has ended."""
 
 INSIST_S = 0.2

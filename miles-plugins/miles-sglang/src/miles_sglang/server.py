@@ -32,6 +32,15 @@ ATTEMPTS = 3
 ENDING_S = 5.0
 """How long a server that does not answer may take to end."""
 
+HINTS: Mapping[str, str] = {
+    "CUDA out of memory": "The GPU has too little memory: lower server.mem_fraction_static of the engine, or its "
+    "server.max_running_requests or server.cuda_graph_max_bs_decode, or raise engine.gpus. nvidia-smi says who else has "
+    "memory there.",
+    "--mem-fraction-static": "In the run file --mem-fraction-static is server.mem_fraction_static of the engine. If it "
+    "cannot be raised, lower model.max_tokens or raise engine.gpus.",
+}
+"""What a server says of memory before it ends -> what to do."""
+
 COMMAND = (sys.executable, "-P", "-m", "miles_sglang.serve")
 """-P: what lies in the working folder is not imported."""
 
@@ -168,6 +177,7 @@ class Server:
             f"{self.name}: the SGLang server ended with exit code {self.ended} (log: {self.log}). It said last:\n"
             f"{self.tail()}"
         )
+        reason = "\n".join([reason, *(hint for word, hint in HINTS.items() if word in reason)])
         self._context.lost(reason)
         return RunError(reason)
 
