@@ -34,8 +34,8 @@ ENDING_S = 5.0
 
 HINTS: Mapping[str, str] = {
     "CUDA out of memory": "The GPU has too little memory: lower server.mem_fraction_static of the engine, or its "
-    "server.max_running_requests or server.cuda_graph_max_bs_decode, or raise engine.gpus. nvidia-smi says who else has "
-    "memory there.",
+    "server.max_running_requests or server.cuda_graph_max_bs_decode, or raise engine.gpus. nvidia-smi says who else "
+    "has memory there.",
     "--mem-fraction-static": "In the run file --mem-fraction-static is server.mem_fraction_static of the engine. If it "
     "cannot be raised, lower model.max_tokens or raise engine.gpus.",
 }
