@@ -176,9 +176,11 @@ samples_per_prompt = 2
 
 @dataclass
 class Miles:
-    """A folder to start runs in. `start` and `run` call `miles` there."""
+    """A folder to start runs in. `start` and `run` call `miles` there. patience_s: how long a run, or what is waited
+    for in one, may take."""
 
     folder: Path
+    patience_s: float = 240.0
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
@@ -222,7 +224,7 @@ class Miles:
     def end(self, process: subprocess.Popen[str]) -> Ended:
         """Waits for the end, and for that of all other processes of the run."""
         try:
-            out, err = process.communicate(timeout=240)
+            out, err = process.communicate(timeout=self.patience_s)
         except subprocess.TimeoutExpired:
             self.kill()
             out, err = process.communicate()
@@ -275,7 +277,7 @@ class Miles:
                 raise AssertionError(f"the run has ended: {process.communicate()}")
             return next((note for note in self.notes(name) if values.items() <= note.items()), None)
 
-        found: dict[str, Any] = wait_for(noted, f"{name} {values}", 240.0)
+        found: dict[str, Any] = wait_for(noted, f"{name} {values}", self.patience_s)
         return found
 
     def go_on(self, step: int) -> None:
