@@ -6,6 +6,8 @@ import asyncio
 import errno
 import os
 import pickle
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -270,3 +272,18 @@ def test_only_what_others_call_is_guarded(worker: Worker) -> None:
     with pytest.raises(Stubborn):
         worker._inner(Stubborn(1, 2))
     assert asyncio.iscoroutinefunction(Worker.wait), "Ray looks at this to make an asynchronous actor"
+
+
+def test_a_member_looks_for_no_plugin_that_its_run_disables(tmp_path: Path) -> None:
+    script = f"""
+from pathlib import Path
+from types import SimpleNamespace
+from miles_core.cluster.members import _Process
+from miles_core.plugins import discover
+folder = Path({str(tmp_path)!r})
+plan = SimpleNamespace(directory=folder, plugin_set=(), values={{"plugins": {{"disable": ["*"]}}}})
+_Process("engine 0", folder / "engine.log", plan)._enter()
+folder.joinpath("active").write_text(" ".join(one.name for one in discover().plugins if one.status == "active"))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert (tmp_path / "active").read_text() == "miles-core"

@@ -33,7 +33,7 @@ from miles_core.cluster.session import MemberDiedError
 from miles_core.config.schema import CriticSection, Plan, TrainerSection
 from miles_core.errors import RunError, UserError, explained
 from miles_core.lifecycle import Role, lifecycle
-from miles_core.plugins import load_exact, resolve
+from miles_core.plugins import disable, load_exact, resolve
 from miles_core.roles import BucketLayout, EngineContext, PauseMode, TrainerContext, Written
 from miles_core.run import teaching
 from miles_core.run.collector import Collected, Collector
@@ -117,6 +117,7 @@ class _Process:
         faulthandler.enable()
         with contextlib.suppress(OSError):  # another machine may not have it
             os.chdir(self.plan.directory)
+        disable(self.plan.values["plugins"]["disable"])  # trainers and engines look for a model's family among the rest
         load_exact(self.plan.plugin_set)
 
 
