@@ -196,7 +196,7 @@ class TrainerMember(_Process):
         self.parts["critic"].load_pretrained(folder)
 
     def open_sync(self, engines: int) -> tuple[str, Sequence[BucketLayout]]:
-        """Builds the sender, anew if an engine is gone. The meeting point (of rank 0) and what will be sent."""
+        """Builds the sender, anew if engines have changed. The meeting point (of rank 0) and what will be sent."""
         if self.sender is not None:
             self.sender.close()
         self.sender = resolve(_sync_spec(self.plan).ref)(self.contexts["policy"], engines)
@@ -347,7 +347,7 @@ class EngineMember(_Process):
     async def connect_sync(
         self, address: str, gone: frozenset[int], engines: int, layout: Sequence[BucketLayout]
     ) -> None:
-        """Meets the trainer, again if another engine is gone."""
+        """Meets the trainer, again if engines have changed."""
         if self.receiver is not None:
             await asyncio.to_thread(self.receiver.close)
         context = dataclasses.replace(self.context, gone=gone)
