@@ -107,29 +107,31 @@ def test_an_interrupted_run_resumes_bit_for_bit(miles: Miles, whole: Ended, tmp_
     folder = miles.folder / "runs/cut"
     seen = len(miles.notes("paused"))
 
-    def paused(*args: str, at: int, seconds: float, cwd: Path | None = None):
-        process = miles.start(*args, probe={"pause": [at, seconds]}, cwd=cwd)
+    def paused(*args: str, at: int, cwd: Path | None = None):
+        process = miles.start(*args, probe={"pause": at}, cwd=cwd)
         miles.wait_for_note("paused", process, step=at)
         return process
 
     # kill -9 of everything, between the two stages
-    process = paused("train", "stages.toml", "name=cut", at=3, seconds=60)
+    process = paused("train", "stages.toml", "name=cut", at=3)
     assert len(miles.pids()) > 6
     miles.kill()
     assert process.wait() == -signal.SIGKILL
     assert (folder / "checkpoints/step-00000003").is_dir()
 
     # Ctrl-C in the second stage; resumed from another folder, although the data's path is relative
-    process = paused("resume", str(folder), at=4, seconds=1.0, cwd=tmp_path)
+    process = paused("resume", str(folder), at=4, cwd=tmp_path)
     os.killpg(process.pid, signal.SIGINT)
+    miles.go_on(4)
     ended = miles.end(process)
     assert (ended.code, ended.left_over) == (130, [])
     assert f"interrupted; go on with: miles resume {folder}" in ended.out
     assert ended.err.strip() == "Error: interrupted"
 
     # asked to terminate, as by a batch system: all of its process group at once
-    process = paused("resume", str(folder), at=5, seconds=1.0)
+    process = paused("resume", str(folder), at=5)
     os.killpg(process.pid, signal.SIGTERM)
+    miles.go_on(5)
     ended = miles.end(process)
     assert (ended.code, ended.left_over) == (130, [])
     assert f"interrupted; go on with: miles resume {folder}" in ended.out
