@@ -214,7 +214,7 @@ class Shell:
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        return {**os.environ, **own}
+        return {**os.environ, **own, "PYTEST_ADDOPTS": ""}  # what somebody likes to see of tests is not on the page
 
 
 def _make_environment(folder: Path) -> None:
