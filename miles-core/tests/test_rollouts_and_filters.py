@@ -68,7 +68,7 @@ def test_single_turn_makes_one_sample_a_seed_in_one_call() -> None:
         np.testing.assert_array_equal(sample.mask, [True, True])
         np.testing.assert_array_equal(sample.logprobs, np.array([-0.5, -seed], np.float32))
         assert (sample.status, sample.reward, sample.answer, sample.metadata) == ("completed", None, "x", {"level": 2})
-        assert sample.oldest_version == 3
+        assert sample.versions.tolist() == [3, 4]
 
 
 def test_single_turn_asks_for_no_more_than_fits() -> None:

@@ -143,12 +143,6 @@ class Sample:
                 f"({len(self.response)}, {len(self.mask)}, {len(self.logprobs)}, {len(self.versions)})"
             )
 
-    @property
-    def oldest_version(self) -> int:
-        """Version of the oldest weights that wrote a token of it; -1 if none was generated."""
-        made = self.versions[self.versions >= 0]
-        return int(made.min()) if len(made) else -1
-
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRequest:

@@ -47,7 +47,6 @@ def test_the_answer_and_the_end_token_are_the_trained_response():
     assert first.mask.all()
     assert not first.logprobs.any()
     assert first.versions.tolist() == [-1, -1, -1]
-    assert first.oldest_version == -1
     assert (first.status, first.reward, first.metadata) == ("completed", None, {"level": 2})
 
 
