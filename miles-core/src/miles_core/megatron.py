@@ -214,8 +214,9 @@ def predictions(config: Mapping[str, Any], *parts: Iterable[Weight]) -> tuple[Pr
     return tuple(found)
 
 
-def beyond(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a run ignores that does not take these layers: transformers does so too."""
+def prediction_tensors(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """For `MegatronModel.ignored`: the tensors of the layers that predict further tokens, or of one such layer where
+    config.json names none, for runs that take none of them. transformers leaves them out in the same way."""
     last: int = config["num_hidden_layers"]
     return tuple(rf"model\.layers\.{last + n}\..*" for n in range(config.get("num_nextn_predict_layers") or 1))
 

@@ -30,7 +30,7 @@ def deepseek_v3(config: Mapping[str, Any]) -> MegatronModel:
             experts if 1 in routing["moe_layer_freq"] else (),
         ),
         predictions=megatron.predictions(full, attention, experts),
-        ignored=megatron.beyond(full),
+        ignored=megatron.prediction_tensors(full),
     )
 
 
