@@ -234,7 +234,6 @@ def _values(name: str, kind: str) -> dict[str, str]:
         "name": name,
         "package": name.replace("-", "_"),
         "component": component,
-        "entry": component,
         **_identifiers(component),
         "kind": kind.replace("-", " "),
         "summary": f"{chosen.summary}.",

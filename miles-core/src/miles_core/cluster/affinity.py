@@ -8,7 +8,6 @@ all prompts have in common, such as a system message, must not draw all of them 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -29,18 +28,13 @@ class Affinity:
 
     def engine_of(self, tokens: IntArray) -> int | None:
         """Who was sent the longest prompt that `tokens` continue, None if nobody."""
-        for key in reversed(list(_keys(tokens))):
-            if key in self._sent:
-                return self._sent[key]
-        return None
+        return next((self._sent[key] for key in reversed(_keys(tokens)) if key in self._sent), None)
 
     def note(self, tokens: IntArray, engine: int) -> None:
         """`engine` is sent the prompt."""
-        last = next(reversed(list(_keys(tokens))), None)
-        if last is None:
-            return
-        self._sent[last] = engine
-        self._sent.move_to_end(last)
+        for last in _keys(tokens)[-1:]:
+            self._sent[last] = engine
+            self._sent.move_to_end(last)
         if len(self._sent) > REMEMBERED:
             self._sent.popitem(last=False)
 
@@ -50,13 +44,10 @@ class Affinity:
             del self._sent[key]
 
 
-def _keys(tokens: IntArray) -> Iterator[tuple[int, int]]:
+def _keys(tokens: IntArray) -> list[tuple[int, int]]:
     """Length and hash of each beginning of whole blocks: a polynomial modulo 2^64, all of them at once."""
     count = len(tokens) // BLOCK * BLOCK
-    if not count:
-        return
     with np.errstate(over="ignore"):
         powers = np.cumprod(np.full(count, _BASE, np.uint64), dtype=np.uint64)
         sums = np.cumsum((tokens[:count].astype(np.uint64) + np.uint64(1)) * powers, dtype=np.uint64)
-    for end in range(BLOCK, count + 1, BLOCK):
-        yield end, int(sums[end - 1])
+    return [(end, int(sums[end - 1])) for end in range(BLOCK, count + 1, BLOCK)]

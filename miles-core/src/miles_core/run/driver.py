@@ -424,10 +424,9 @@ class Run:
         """All numbers of a step, and where its time went; what is none of the named is "other"."""
         total = time.monotonic() - report.batch.started
         spent = {**report.batch.seconds, **self.seconds}
-        there = {"teacher": bool(self.teachers), "turns": self.plan.placement.takes_turns}
-        named = [
-            name for name in ("generate", "reward", "teacher", "train", "turns", "publish") if there.get(name, True)
-        ]
+        teacher = ["teacher"] if self.teachers else []
+        turns = ["turns"] if self.plan.placement.takes_turns else []
+        named = ["generate", "reward", *teacher, "train", *turns, "publish"]
         seconds = {name: spent.get(name, 0.0) for name in named}
         seconds |= {"other": max(total - sum(seconds.values()), 0.0), "step": total}
         tokens = report.batch.metrics.get("response_tokens", 0.0)
