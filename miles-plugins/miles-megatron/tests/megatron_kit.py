@@ -1,19 +1,24 @@
 """What the tests share: tiny models of each family, batches, and training runs in this process or on several ranks.
 
-`python megatron_kit.py JOBS OUT RANK WORLD` is one rank of several: it runs one job after another, each with a process
-group of its own, so that many layouts cost one start. Rank 0 leaves the results in OUT.
+`python megatron_kit.py FOLDER RANKS` runs the jobs of FOLDER on several ranks: one job after another, each with a
+process group of its own, so that many layouts cost one start. Ranks are forked when everything is imported, which takes
+longer than most jobs. Rank 0 leaves the results in FOLDER.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing.connection
+import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -413,19 +418,13 @@ def run_jobs(out: Path, world_size: int, jobs: Sequence[Mapping[str, Any]]) -> l
     (out / "jobs.json").write_text(
         json.dumps([{**job, "address": f"file://{out}/meeting-{number}"} for number, job in enumerate(jobs)])
     )
-    command = [sys.executable, __file__, str(out / "jobs.json"), str(out / "results.pkl")]
-    ranks = [subprocess.Popen([*command, str(rank), str(world_size)]) for rank in range(world_size)]
+    ranks = subprocess.Popen([sys.executable, __file__, str(out), str(world_size)], start_new_session=True)
     try:
-        deadline = time.monotonic() + 800
-        while any(rank.poll() is None for rank in ranks):
-            assert not any(rank.poll() for rank in ranks), "a rank failed; its traceback is in the output"
-            assert time.monotonic() < deadline, "the ranks take too long"
-            time.sleep(0.05)
+        assert ranks.wait(timeout=800) == 0, "a rank failed; its traceback is in the output"
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert [rank.returncode for rank in ranks] == [0] * world_size
+        with suppress(ProcessLookupError):
+            os.killpg(ranks.pid, signal.SIGKILL)
+        ranks.wait()
     results: list[Any] = pickle.loads((out / "results.pkl").read_bytes())
     return results
 
@@ -444,14 +443,32 @@ def _call(reference: str, rank: int, world_size: int, address: str) -> Any:
 
 
 def main() -> None:
-    """See the head of the module."""
+    """See the head of the module. Ends when a rank has failed; then the others wait for it in vain, and are killed."""
+    from miles_megatron import start
+
+    folder, world_size = Path(sys.argv[1]), int(sys.argv[2])
+    jobs = json.loads((folder / "jobs.json").read_text())
+    if any("model" in job for job in jobs):
+        start.prepare()
+        import_module("miles_megatron.critic")  # with all that a job needs
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=_rank, args=(folder, jobs, rank, world_size)) for rank in range(world_size)]
+    for rank in ranks:
+        rank.start()
+    waiting = {rank.sentinel: rank for rank in ranks}
+    while waiting:
+        for ended in multiprocessing.connection.wait(list(waiting)):
+            rank = waiting.pop(ended)
+            rank.join()
+            if rank.exitcode:
+                os._exit(1)
+
+
+def _rank(folder: Path, jobs: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
     torch.set_num_threads(1)
-    jobs, out, rank, world_size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    results = [
-        run_job(job, rank=rank, world_size=world_size, address=job["address"]) for job in json.loads(jobs.read_text())
-    ]
+    results = [run_job(job, rank=rank, world_size=world_size, address=job["address"]) for job in jobs]
     if rank == 0:
-        out.write_bytes(pickle.dumps(results))
+        (folder / "results.pkl").write_bytes(pickle.dumps(results))
 
 
 if __name__ == "__main__":
