@@ -216,15 +216,6 @@ class Receiver:
 
     def receive(self, load: Callable[[Sequence[str], Sequence[Any]], None]) -> None:
         for bucket in _sent.get(timeout=60):
-            sizes = [int(size) for size in map(_elements, bucket.shapes)]
-            parts = bucket.flat.split(sizes)
-            load(bucket.names, [part.view(shape) for part, shape in zip(parts, bucket.shapes, strict=True)])
+            load(bucket.names, list(bucket.tensors().values()))
 
     def close(self) -> None: ...
-
-
-def _elements(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -6,6 +6,7 @@ Tensors are torch tensors, but core never imports torch: it only passes them on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -414,6 +415,11 @@ class Bucket:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     flat: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by their names, in order: views of `flat`, which must hold the bytes."""
+        parts = self.flat.split([math.prod(shape) for shape in self.shapes])  # type: ignore[no-untyped-call]
+        return {name: part.view(shape) for name, shape, part in zip(self.names, self.shapes, parts, strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,8 +49,7 @@ def make_buckets(seed: int) -> list[Bucket]:
 def checksums(buckets: list[Bucket]) -> dict[str, float]:
     found: dict[str, float] = {}
     for bucket in buckets:
-        parts = torch.split(bucket.flat, [math.prod(shape) for shape in bucket.shapes])
-        found.update(zip(bucket.names, map(checksum, parts), strict=True))
+        found |= {name: checksum(tensor) for name, tensor in bucket.tensors().items()}
     return found
 
 

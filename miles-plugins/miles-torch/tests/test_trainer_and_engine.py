@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import math
 
 import numpy as np
-import torch
 from trainer_kit import make_batch, make_trainer, tiny_model
 
 from miles_core.roles import EngineContext
@@ -24,8 +22,7 @@ async def generate(folder, buckets) -> list[Sample]:
     await engine.start()
     await engine.pause("drain")
     for bucket in buckets:
-        parts = torch.split(bucket.flat, [math.prod(shape) for shape in bucket.shapes])
-        engine.load(bucket.names, [part.view(shape) for part, shape in zip(parts, bucket.shapes, strict=True)])
+        engine.load(bucket.names, list(bucket.tensors().values()))
     engine.set_version(1)
     await engine.resume()
     sampling = Sampling(temperature=0.9, max_new_tokens=12)

@@ -152,14 +152,7 @@ def plain_model(folder: Path, weights: dict[str, torch.Tensor]) -> Any:
 
 def exported(trainer: TorchTrainer) -> dict[str, torch.Tensor]:
     """The policy's weights by name."""
-    weights = {}
-    for bucket in trainer.export():
-        sizes = [int(np.prod(shape)) for shape in bucket.shapes]
-        parts = torch.split(bucket.flat, sizes)
-        weights.update(
-            {name: part.view(shape) for name, part, shape in zip(bucket.names, parts, bucket.shapes, strict=True)}
-        )
-    return weights
+    return {name: tensor for bucket in trainer.export() for name, tensor in bucket.tensors().items()}
 
 
 def alone(model: Any, batch: Batch, sample: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray[Any, Any]]:

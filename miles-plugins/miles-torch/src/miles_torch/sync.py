@@ -208,12 +208,11 @@ class TorchReceiver:
         assert channel is not None, "connect first"
         channel.meet()
         for number, bucket in enumerate(self._layout):
-            sizes = [math.prod(shape) for shape in bucket.shapes]
-            flat = self._buffer(bucket.dtype, sum(sizes))
+            flat = self._buffer(bucket.dtype, sum(math.prod(shape) for shape in bucket.shapes))
             channel.broadcast(flat)
             self._compare(channel, number, flat)
-            parts = zip(torch.split(flat, sizes), bucket.shapes, strict=True)
-            load(bucket.names, [part.view(shape) for part, shape in parts])
+            tensors = Bucket(names=bucket.names, shapes=bucket.shapes, flat=flat).tensors()
+            load(bucket.names, list(tensors.values()))
         channel.say(f"loaded {channel.transfers}")
 
     def _compare(self, channel: _Channel, number: int, flat: Tensor) -> None:

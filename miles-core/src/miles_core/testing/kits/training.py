@@ -71,14 +71,7 @@ def model_folder(folder: Path) -> Path:
 
 def unpacked(buckets: Iterable[Bucket]) -> dict[str, Tensor]:
     """Copies of the tensors by their names, on the CPU."""
-    import torch
-
-    found = {}
-    for bucket in buckets:
-        parts = torch.split(bucket.flat, [int(np.prod(shape)) for shape in bucket.shapes])
-        for name, part, shape in zip(bucket.names, parts, bucket.shapes, strict=True):
-            found[name] = part.detach().cpu().clone().view(shape)
-    return found
+    return {name: tensor.detach().cpu().clone() for bucket in buckets for name, tensor in bucket.tensors().items()}
 
 
 def weight_faults(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> Iterator[str]:

@@ -61,7 +61,7 @@ def _transfers(subject: Subject[WeightSyncSpec], dtype: str, count: int) -> tupl
         _together(pool, [sender.connect, *(receiver.connect for receiver in receivers)])
         for number in range(count):
             buckets = [_bucket(part, number) for part in layout]
-            sent.append({name: sum_ for bucket in buckets for name, sum_ in _bucket_sums(bucket)})
+            sent.append({name: _sum(part) for bucket in buckets for name, part in bucket.tensors().items()})
             takes = [_taker(receiver, received[index]) for index, receiver in enumerate(receivers)]
             _together(pool, [partial(sender.send, iter(buckets)), *takes])
         _together(pool, [sender.close, *(receiver.close for receiver in receivers)])
@@ -93,14 +93,6 @@ def _bucket(layout: BucketLayout, number: int) -> Bucket:
     generator = torch.Generator().manual_seed(size + 1000 * number)
     flat = torch.randn(size, generator=generator).to(getattr(torch, layout.dtype))
     return Bucket(names=layout.names, shapes=layout.shapes, flat=flat)
-
-
-def _bucket_sums(bucket: Bucket) -> Iterator[tuple[str, str]]:
-    import torch
-
-    parts = torch.split(bucket.flat, [int(np.prod(shape)) for shape in bucket.shapes])
-    for name, part, shape in zip(bucket.names, parts, bucket.shapes, strict=True):
-        yield name, _sum(part.view(shape))
 
 
 def _sum(tensor: Tensor) -> str:
