@@ -455,7 +455,7 @@ def main() -> None:
     ranks = [fork.Process(target=_rank, args=(folder, jobs, rank, world_size)) for rank in range(world_size)]
     for rank in ranks:
         rank.start()
-    waiting = {rank.sentinel: rank for rank in ranks}
+    waiting: dict[Any, Any] = {rank.sentinel: rank for rank in ranks}
     while waiting:
         for ended in multiprocessing.connection.wait(list(waiting)):
             rank = waiting.pop(ended)

@@ -57,7 +57,7 @@ def test_the_reference_takes_the_place_of_the_policy_without_new_memory(
 
 
 def addresses(trainer: Any) -> list[int]:
-    return [tensor.data_ptr() for tensor in trainer._reference]
+    return [tensor.data_ptr() for tensor in trainer._reference.tensors]
 
 
 def flat(trainer: Any) -> dict[str, Any]:

@@ -57,9 +57,10 @@ from miles_megatron.passes import (
     over_context,
     reduced,
 )
+from miles_megatron.reference import Reference
 from miles_megatron.weights import Exporter, Folder, Fresh, Table, load
+from miles_torch.faults import first_not_finite, loss_fault
 from miles_torch.metrics import Sums, report, summary
-from miles_torch.packing import describe
 
 _COLUMNS = frozenset(
     {
@@ -80,7 +81,7 @@ class MegatronTrainer:
         self.options, self.context = options, context
         self._optimizer: Any = None
         self._offload = Offload()
-        self._reference: list[Tensor] | None = None
+        self._reference: Reference | None = None
 
     # ---- Life ------------------------------------------------------------------------------------------------
 
@@ -165,8 +166,10 @@ class MegatronTrainer:
         self._optimizer = get_megatron_optimizer(settings.optimizer(options, self._ddp), self._chunks)
         self._scheduler = schedule.build(self._optimizer, options, stage.optimizer_steps)
         self._zero()
-        if self.context.reference:
-            self._remember()
+        if self._reference is not None:
+            self._reference.remember(self._tensors())
+        elif self.context.reference:
+            self._reference = Reference(self._tensors())
 
     def sleep(self) -> None:
         """Gives the memory of parameters, gradients and optimizer back; everything waits in host memory."""
@@ -188,6 +191,10 @@ class MegatronTrainer:
             for state in inner.state.values() if inner is not None else ():
                 yield from (value for value in state.values() if isinstance(value, Tensor) and value.ndim)
 
+    def _tensors(self) -> list[Tensor]:
+        """This rank's part of the model."""
+        return [own.tensor for own in model.parameters([*self._chunks])]
+
     def _gradients(self) -> Iterator[Tensor]:
         for chunk in self._chunks:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
@@ -199,34 +206,6 @@ class MegatronTrainer:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
 
-    # ---- The frozen reference --------------------------------------------------------------------------------
-
-    def _tensors(self) -> list[Tensor]:
-        """This rank's part of the model."""
-        return [own.tensor for own in model.parameters([*self._chunks])]
-
-    def _remember(self) -> None:
-        """Makes the reference a copy of the weights as they are now. It stays in the same host memory, which a GPU
-        reads and writes directly."""
-        own = self._tensors()
-        if self._reference is None:
-            pinned = self._device.type == "cuda"
-            self._reference = [torch.empty_like(tensor, device="cpu", pin_memory=pinned) for tensor in own]
-        with torch.no_grad():
-            for tensor, other in zip(own, self._reference, strict=True):
-                other.copy_(tensor)
-
-    def _swap(self) -> None:
-        """Exchanges weights and reference, one tensor after another: neither is ever held twice."""
-        assert self._reference is not None, "the run was planned without a reference"
-        with torch.no_grad():
-            for own, other in zip(self._tensors(), self._reference, strict=True):
-                held = own.clone()
-                own.copy_(other, non_blocking=True)
-                other.copy_(held, non_blocking=True)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-
     # ---- Numbers ---------------------------------------------------------------------------------------------
 
     def logprobs(self, batch: Batch, which: Literal["policy", "reference"], step: int) -> NDArray[np.float32] | None:
@@ -236,11 +215,9 @@ class MegatronTrainer:
             context.hooks.before_logprobs(context=context, step=step, model=self._bare)
         if which == "policy":
             return self._column_of(batch)
-        self._swap()
-        try:
+        assert self._reference is not None, "the run was planned without a reference"
+        with self._reference.in_place_of(self._tensors()):
             return self._column_of(batch)
-        finally:
-            self._swap()
 
     def _column_of(self, batch: Batch) -> NDArray[np.float32] | None:
         column = torch.zeros(batch.tokens_total)
@@ -325,15 +302,11 @@ class MegatronTrainer:
         found: dict[str, Any] = report(sums.reduce()) if on_last_stage() else {}
         found = reduced(found) | router.metrics(self._config, self._device)
         if not math.isfinite(found["loss"]):
-            found["fault"] = self._fault([_first_not_finite(batch, self.predicts, *each) for each in given])
+            said = (
+                first_not_finite(batch, task.row.rows, task.row.targets, self.predicts, *own) for task, *own in given
+            )
+            found["fault"] = loss_fault(said, self.context.world_size)
         return found
-
-    def _fault(self, bad: Sequence[str]) -> str:
-        """What to say of a loss that is not finite. A collective."""
-        found: list[str | None] = [None] * self.context.world_size
-        dist.all_gather_object(found, next(filter(None, bad), None))
-        where = next(filter(None, found), "the weights times the losses overflow")
-        return f"{where}; the loss is not finite and the step was not taken."
 
     def _objective(
         self, batch: Batch, task: Task, predicted: Predicted, sums: Sums, *, first: bool
@@ -419,7 +392,7 @@ class MegatronTrainer:
         state = checkpoint.model_state(self._chunks)
         sharded, rest = checkpoint.optimizer_state(self._optimizer, state, loading=False)
         options = self._stage_options.checkpoint
-        reference = None if self._reference is None else list(map(_unpinned, self._reference))
+        reference = [] if self._reference is None else self._reference.for_writing()
         whole = {**state, **sharded, **self._reference_state(reference)}
         written = checkpoint.write(whole, folder / checkpoint.FOLDER, options, self._exporter.table.copies)
         counts = {"optimizer_steps": self._scheduler.num_steps, "steps_taken": checkpoint.steps_taken(rest)}
@@ -438,15 +411,16 @@ class MegatronTrainer:
         state = checkpoint.model_state(self._chunks)
         sharded, rest = checkpoint.optimizer_state(self._optimizer, state, loading=True)
         options = self._stage_options.checkpoint
-        whole = {**state, **sharded, **self._reference_state(self._reference)}
+        reference = [] if self._reference is None else self._reference.tensors
+        whole = {**state, **sharded, **self._reference_state(reference)}
         loaded = checkpoint.read(whole, folder / checkpoint.FOLDER, options)
         checkpoint.put_model(self._chunks, loaded)
         checkpoint.put_optimizer(self._optimizer, loaded["optimizer"], rest, int(record["steps_taken"]))
         self._scheduler.num_steps = 0
         self._scheduler.step(int(record["optimizer_steps"]))
 
-    def _reference_state(self, reference: Sequence[Tensor] | None) -> dict[str, Any]:
-        if reference is None:
+    def _reference_state(self, reference: Sequence[Tensor]) -> dict[str, Any]:
+        if not reference:
             return {}
         pairs = zip(self._tensors(), reference, strict=True)
         return checkpoint.reference_state(self._chunks, {own.data_ptr(): other for own, other in pairs})
@@ -461,29 +435,9 @@ class MegatronTrainer:
             pretrained.write(folder, self.context.model, self._exporter.layout(), tensors)
 
 
-def _unpinned(tensor: Tensor) -> Tensor:
-    """What a forked process may write while this one goes on: pinned memory is not copied for it."""
-    return tensor.clone() if tensor.is_pinned() else tensor
-
-
 def _minibatches(batch: Batch) -> list[list[int]]:
     """The samples of each mini-batch; one with all of them before the batch has been divided."""
     if "minibatch" not in batch.samples:
         return [list(range(len(batch)))]
     numbers = batch.samples["minibatch"]
     return [np.flatnonzero(numbers == number).tolist() for number in range(int(numbers.max(initial=0)) + 1)]
-
-
-def _first_not_finite(batch: Batch, predicts: str, task: Task, predicted: Tensor, losses: Tensor) -> str:
-    """Names the first trained token of a micro-batch at which something is not finite."""
-    bad = torch.nonzero(~(torch.isfinite(predicted) & torch.isfinite(losses)))
-    if not len(bad):
-        return ""
-    place = int(bad[0])
-    index = int(task.row.rows[place])
-    sample = int(np.searchsorted(batch.cu_seqlens, index, side="right")) - 1
-    token = index - int(batch.cu_seqlens[sample])
-    return (
-        f"sample {describe(batch, sample)}, token {token} (id {int(task.row.targets[place])}): "
-        f"{predicts} {predicted[place].item():g}, loss {losses[place].item():g}"
-    )

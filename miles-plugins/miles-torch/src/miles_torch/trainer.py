@@ -32,6 +32,7 @@ from miles_core.roles import Bucket, BucketLayout, LossInputs, LossOutputs, Segm
 from miles_core.run.mismatch import mismatch
 from miles_core.sample import Batch
 from miles_torch import checkpoint, export, optimizer, sharding
+from miles_torch.faults import first_not_finite, loss_fault
 from miles_torch.metrics import Sums, report, summary
 from miles_torch.model import MicroBatch, Policy, checkpoint_activations, load, weights
 from miles_torch.options import TrainerOptions
@@ -284,27 +285,12 @@ class TorchTrainer:
         return torch.cat((micro.targets[:, None], top.to(self._device)), dim=1)
 
     def _not_finite(self, batch: Batch, forwards: Sequence[_Forward]) -> str:
-        """What to say of a loss that is not finite: where it first is not, on the first rank that has such a token."""
-        found = [next(filter(None, (self._first_not_finite(batch, forward) for forward in forwards)), None)]
-        if self.context.world_size > 1:
-            own, found = found[0], [None] * self.context.world_size
-            dist.all_gather_object(found, own)
-        where = next(filter(None, found), "the weights times the losses overflow")
-        return f"{where}; the loss is not finite and the step was not taken."
-
-    def _first_not_finite(self, batch: Batch, forward: _Forward) -> str | None:
-        """Names the first trained token of a micro-batch at which something is not finite."""
-        bad = torch.nonzero(~(torch.isfinite(forward.predicted) & torch.isfinite(forward.losses)))
-        if not len(bad):
-            return None
-        place = int(bad[0])
-        row = int(forward.packed.rows[place])
-        sample = int(np.searchsorted(batch.cu_seqlens, row, side="right")) - 1
-        token = row - int(batch.cu_seqlens[sample])
-        return (
-            f"sample {describe(batch, sample)}, token {token} (id {int(forward.packed.targets[place])}): "
-            f"{self.predicts} {forward.predicted[place].item():g}, loss {forward.losses[place].item():g}"
+        """What to say of a loss that is not finite. A collective."""
+        found = (
+            first_not_finite(batch, each.packed.rows, each.packed.targets, self.predicts, each.predicted, each.losses)
+            for each in forwards
         )
+        return loss_fault(found, self.context.world_size)
 
     def _loss(
         self, batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy: Tensor | None, top_logprobs: Tensor | None
