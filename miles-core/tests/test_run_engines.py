@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from miles_core.cluster.session import Member
+from miles_core.cluster.members import EngineMember
+from miles_core.cluster.session import Member, MemberDiedError
 from miles_core.errors import RunError, UserError
 from miles_core.run.engines import RunEngines
 
@@ -138,3 +139,23 @@ def test_one_that_shares_gpus_with_the_trainer_sees_them_again() -> None:
     cluster.dead_members = {"engine 1"}
     asyncio.run(engines.mend(COLLECTOR, 1))
     assert cluster.notes[2:4] == [("engine 1", "see", "2,3"), ("engine 1", "enter")]
+
+
+def test_an_engine_that_cannot_go_on_is_dead_for_whoever_asks_or_waits() -> None:
+    async def run() -> None:
+        plan: Any = SimpleNamespace()
+        member = EngineMember("engine 0", Path("log"), plan, 0, Path("model"))
+        member.news, member.loop = asyncio.Event(), asyncio.get_running_loop()
+        member.engine = SimpleNamespace(busy_seconds=0.0)
+        await member.ping()
+        waiting = asyncio.create_task(member.take(60.0))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(member._lose, "its server has ended")
+        member._lose("something that followed")
+        with pytest.raises(MemberDiedError, match="its server has ended"):
+            await asyncio.wait_for(waiting, 10)
+        for asked in (member.ping(), member.take(60.0)):
+            with pytest.raises(MemberDiedError, match="its server has ended"):
+                await asyncio.wait_for(asked, 10)
+
+    asyncio.run(run())

@@ -25,6 +25,7 @@ from miles_sglang import surface
 from miles_sglang.engine import SglangEngine
 from miles_sglang.options import EngineOptions
 from miles_sglang.server import Server, arguments
+from miles_sglang.sync import ask as ask_server
 
 FAKE = """
 import http.server, json, os, sys
@@ -41,7 +42,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/generate":
             print("the scheduler hit an exception", flush=True)
             os._exit(9)
-        self.answer([True])
+        if self.path == "/words":
+            self.send_error(500, "out of words")
+        else:
+            self.answer([True])
 http.server.ThreadingHTTPServer((fields["host"], fields["port"]), Handler).serve_forever()
 """
 """A server that dies when it is to generate."""
@@ -173,6 +177,24 @@ def test_a_colocated_server_can_give_its_gpu_memory_back(tmp_path: Path, monkeyp
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install torch_memory_saver, or set placement\.sleep = false"):
         asyncio.run(Server({}, context).start())
+
+
+def test_a_server_that_dies_while_it_takes_weights_is_heard_and_so_is_one_that_answers_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, FAKE)
+    told: list[str] = []
+    server = Server({}, replace(context_of(tmp_path), lost=told.append))
+    asyncio.run(server.start())
+    try:
+        with pytest.raises(RunError, match=r"(?s)weight sync: engine 0: /words: .*out of words.*\(log: "):
+            ask_server(server, "words")
+        assert told == []
+        with pytest.raises(RunError, match=r"(?s)exit code 9 \(log: .*the scheduler hit an exception") as caught:
+            ask_server(server, "generate")
+        assert told == [str(caught.value)]
+    finally:
+        server.stop()
 
 
 def test_a_server_that_ends_while_nobody_asks_for_anything_is_told_of_at_once(
