@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sysconfig
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,9 +79,9 @@ def run(session: nox.Session, program: str, *arguments: str | Path, **environmen
     session.run(programs / program, *arguments, env=variables, external=True)
 
 
-def over_workspace(session: nox.Session) -> None:
-    """Let the session's own environment see what the workspace's has, below what it has itself."""
-    (above,) = Path(session.virtualenv.location).glob("lib/python*/site-packages")
+def see_workspace(session: nox.Session, environment: Path) -> None:
+    """Let an environment see what the workspace's has, below what it has itself."""
+    (above,) = environment.glob("lib/python*/site-packages")
     (below,) = (session.cache_dir.parent.resolve() / "workspace").glob("lib/python*/site-packages")
     (above / "workspace.pth").write_text(f"import site; site.addsitedir({str(below)!r})\n")
 
@@ -123,14 +125,14 @@ def tests(session: nox.Session) -> None:
 def oracles(session: nox.Session) -> None:
     """Compare the algorithms with TRL, verl, OpenRLHF and AReaL, in an environment that lies over the workspace's."""
     session.install("--no-deps", "-r", str(ROOT / "tests" / "oracles" / "requirements.txt"))
-    over_workspace(session)
+    see_workspace(session, Path(session.virtualenv.location))
     session.run("python", "-m", "pytest", "tests/oracles", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(default=False, reuse_venv=True, requires=["workspace"])
 def sglang(session: nox.Session) -> None:
     """The engine sglang with a real server, without a GPU, in an environment that lies over the workspace's."""
-    over_workspace(session)
+    see_workspace(session, Path(session.virtualenv.location))
     session.install("-r", str(ROOT / "miles-plugins/miles-sglang/cpu-requirements.txt"))
     session.install("--no-deps", *SGLANG)
     # Its contract tests start a server a rule; tests/test_engine.py tries the same rules on one server.
@@ -158,8 +160,7 @@ def package(session: nox.Session) -> None:
     """
     names = session.posargs or NAMES
     with gathered(session, CONSTRAINTS, [f"./{member}" for member in MEMBERS]) as wheels:
-        for name in names:
-            try_wheels(session, wheels, [name])
+        side_by_side(lambda name: try_wheels(session, wheels, [name]), names)
         if not session.posargs:
             run(session, "pip", "wheel", "-qq", "--no-build-isolation", "--no-deps", "-w", wheels, f"./{EXAMPLE}")
             environment = try_wheels(session, wheels, [*names, EXAMPLE.name])
@@ -169,9 +170,15 @@ def package(session: nox.Session) -> None:
 def try_wheels(session: nox.Session, wheels: Path, names: list[str]) -> Path:
     """Import, list and check `names` where nothing else is; the environment's folder."""
     environment = from_wheels(session, wheels, names)
-    session.run(environment / "bin" / "miles", "plugins", "list", external=True)
-    session.run(environment / "bin" / "miles", "plugins", "check", external=True)
+    for command in (("list",), ("check", *names) if len(names) == 1 else ("check",)):
+        session.log(session.run(environment / "bin" / "miles", "plugins", *command, external=True, silent=True))
     return environment
+
+
+def side_by_side(work: Callable[[str], object], names: Iterable[str]) -> None:
+    """Do the work for all names, on as many processors as there are; it runs programs of one process."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(work, names))
 
 
 @contextmanager
@@ -202,36 +209,43 @@ def from_wheels(session: nox.Session, wheels: Path, names: Sequence[str], *more:
     return environment
 
 
-@nox.session(reuse_venv=True, requires=["workspace"])
+@nox.session(venv_backend="none", requires=["workspace"])
 def template(session: nox.Session) -> None:
     """What `miles plugins new` writes, for every kind (or `-- KIND`): install, test, build, check and lint it."""
-    over_workspace(session)
+    programs = session.cache_dir.parent.resolve() / "workspace" / "bin"
     code = "from miles_core.scaffold import KINDS; print(*KINDS)"
-    kinds = session.posargs or str(session.run("python", "-c", code, silent=True)).split()
+    kinds = session.posargs or str(session.run(programs / "python", "-c", code, silent=True, external=True)).split()
     with tempfile.TemporaryDirectory() as folder:  # not below .nox, where ruff does not look
-        for kind in kinds:
-            try_template(session, kind, Path(folder).resolve() / kind)
+        side_by_side(lambda kind: try_template(session, programs, kind, Path(folder).resolve() / kind), kinds)
 
 
-def try_template(session: nox.Session, kind: str, folder: Path) -> None:
-    """The whole way of one plugin, with the time that it takes its author; and its style."""
+def try_template(session: nox.Session, programs: Path, kind: str, folder: Path) -> None:
+    """The whole way of one plugin, with the time that it takes its author; and its style. Its environment lies over the
+    workspace's."""
+    environment = folder.with_name(f"{kind}-environment")
+    session.run(programs / "uv", "venv", "-q", environment, external=True)
+    see_workspace(session, environment)
     name, started = f"acme-{kind}", time.monotonic()
 
-    def python(*arguments: str) -> None:
-        session.run("python", "-m", *arguments, env={"OMP_NUM_THREADS": "1"})
+    def python(*arguments: str, at: Path = folder) -> None:
+        command = [str(environment / "bin" / "python"), "-m", *arguments]
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": str(environment)}
+        done = subprocess.run(  # noqa: S603 — the session itself cannot be in several folders
+            command, cwd=at, env=variables, check=False, capture_output=True, text=True
+        )
+        session.log(f"{name}: {' '.join(arguments)}\n{done.stdout}{done.stderr}")
+        if done.returncode:
+            session.error(f"{name}: {' '.join(arguments)} ended with {done.returncode}")
 
-    python("pip", "uninstall", "-qqy", name)  # what a session left that failed
-    python("miles_core", "plugins", "new", name, "--kind", kind, "--folder", str(folder))
-    with session.chdir(folder):
-        python("pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", ".")
-        python("pytest", "-q")
-        python("hatchling", "build")
-        python("miles_core", "plugins", "check", name)
-        session.log(f"{kind}: {time.monotonic() - started:.1f} s from nothing to a checked wheel")
-        style = ("--isolated", "--line-length", "120", ".")
-        python("ruff", "check", *style)
-        python("ruff", "format", "--check", *style)
-    python("pip", "uninstall", "-qy", name)
+    python("miles_core", "plugins", "new", name, "--kind", kind, "--folder", str(folder), at=folder.parent)
+    python("pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", ".")
+    python("pytest", "-q")
+    python("hatchling", "build")
+    python("miles_core", "plugins", "check", name)
+    session.log(f"{kind}: {time.monotonic() - started:.1f} s from nothing to a checked wheel")
+    style = ("--isolated", "--line-length", "120", ".")
+    python("ruff", "check", *style)
+    python("ruff", "format", "--check", *style)
 
 
 @nox.session(default=False, venv_backend="none", requires=["workspace"])
