@@ -129,7 +129,7 @@ def oracles(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "tests/oracles", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
-@nox.session(default=False, reuse_venv=True, requires=["workspace"])
+@nox.session(reuse_venv=True, requires=["workspace"])
 def sglang(session: nox.Session) -> None:
     """The engine sglang with a real server, without a GPU, in an environment that lies over the workspace's."""
     see_workspace(session, Path(session.virtualenv.location))
