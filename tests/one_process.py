@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import ray
 
-from miles_core.cluster import members
+from miles_core.cluster.process import MemberProcess
 from miles_core.cluster.session import Member
 from miles_core.config.model import load_family
 from miles_core.config.schema import Component, Plan, RewardSection
@@ -61,7 +61,7 @@ def _drive(
     monkeypatch.setattr(driver, "Session", _Session)
     monkeypatch.setattr(collector, "Scorer", _Scorer)
     monkeypatch.setattr(ray, "put", lambda value: value)
-    monkeypatch.setattr(members._Process, "_enter", lambda self: None)
+    monkeypatch.setattr(MemberProcess, "_enter", lambda self: None)
     asyncio.run(driver.drive(plan, model, resumed, _Silence()))  # type: ignore[arg-type]
     return [metrics for _, metrics in read_metrics(plan.folder) if "stage" in metrics]
 

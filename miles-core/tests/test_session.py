@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from miles_core.cluster import session as sessions
-from miles_core.cluster.members import _Process
+from miles_core.cluster.process import MemberProcess
 from miles_core.cluster.session import LOG_TAIL, Member, MemberDiedError, Place, Session, translated
 from miles_core.config.schema import ClusterSection
 from miles_core.errors import RunError, UserError
@@ -203,7 +203,7 @@ class Stubborn(Exception):
         super().__init__(f"{one} and {two}")
 
 
-class Worker(_Process):
+class Worker(MemberProcess):
     """Raises what it is given."""
 
     def work(self, error: Exception) -> None:
@@ -278,11 +278,11 @@ def test_a_member_looks_for_no_plugin_that_its_run_disables(tmp_path: Path) -> N
     script = f"""
 from pathlib import Path
 from types import SimpleNamespace
-from miles_core.cluster.members import _Process
+from miles_core.cluster.process import MemberProcess
 from miles_core.plugins import discover
 folder = Path({str(tmp_path)!r})
 plan = SimpleNamespace(directory=folder, plugin_set=(), values={{"plugins": {{"disable": ["*"]}}}})
-_Process("engine 0", folder / "engine.log", plan)._enter()
+MemberProcess("engine 0", folder / "engine.log", plan)._enter()
 folder.joinpath("active").write_text(" ".join(one.name for one in discover().plugins if one.status == "active"))
 """
     subprocess.run([sys.executable, "-c", script], check=True)

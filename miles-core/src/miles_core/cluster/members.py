@@ -1,10 +1,6 @@
 """The long-lived processes of a run, as classes that Ray makes actors of: trainer ranks, engines, the collector.
 
-Each writes what it prints to its own log, loads exactly the driver's plugins, and builds its component. Constructors
-only take notes, because Ray loses the type of what a constructor raises; `enter` is the first call.
-
-What a method raises leaves the process as a `UserError` or a `RunError` that carries the traceback as text: any other
-exception may not survive the way, and Ray's account of it is longer than it is helpful.
+Each builds its component. What they have in common is in `miles_core.cluster.process`.
 """
 
 from __future__ import annotations
@@ -12,16 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import faulthandler
-import functools
-import inspect
 import logging
 import os
 import random
 import socket
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,97 +20,16 @@ import numpy as np
 import ray
 
 from miles_core.cluster.engine_pool import EnginePool
+from miles_core.cluster.process import MemberProcess, hooks_of, own_host
 from miles_core.cluster.session import MemberDiedError
 from miles_core.config.schema import CriticSection, Plan, TrainerSection
-from miles_core.errors import RunError, UserError, explained
-from miles_core.lifecycle import Role, lifecycle
-from miles_core.plugins import disable, load_exact, resolve
+from miles_core.errors import RunError, UserError
+from miles_core.plugins import resolve
 from miles_core.roles import BucketLayout, EngineContext, PauseMode, TrainerContext, Written
 from miles_core.run import teaching
 from miles_core.run.collector import Collected, Collector
 from miles_core.run.objective import critic_stage, train_stage
 from miles_core.sample import Batch, Completion, Request
-from miles_core.specs import CallbackSpec, TrainerSpec, WeightSyncSpec
-
-
-def hooks_of(plan: Plan, role: Role) -> Any:
-    """The lifecycle hooks of the run's callbacks in one process role."""
-    chosen = [one for one in plan.callbacks if isinstance(one.spec, CallbackSpec) and role in one.spec.runs_on]
-    return lifecycle(role, [resolve(one.spec.ref)(one.options) for one in chosen])
-
-
-def _own_host(plan: Plan) -> str:
-    """Where other members reach this one: loopback unless the cluster has several machines."""
-    return "127.0.0.1" if plan.cluster.address is None else str(ray.util.get_node_ip_address())
-
-
-def _sync_spec(plan: Plan) -> WeightSyncSpec:
-    assert plan.sync is not None
-    assert isinstance(plan.sync.spec, WeightSyncSpec)
-    return plan.sync.spec
-
-
-def failure(error: Exception, name: str, method: str, log: Path) -> UserError | RunError:
-    """What went wrong in a member, as an error for people; the traceback goes into the member's log too."""
-    sys.stderr.write("".join(traceback.format_exception(error)))
-    sys.stderr.flush()
-    return explained(error, name, f"in {method} (log: {log})")
-
-
-def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, with its exceptions made to travel."""
-    if inspect.iscoroutinefunction(method):
-
-        @functools.wraps(method)
-        async def awaited(self: _Process, *args: Any) -> Any:
-            try:
-                return await method(self, *args)
-            except Exception as error:
-                raise self._failure(error, method.__name__) from None
-
-        return awaited
-
-    @functools.wraps(method)
-    def called(self: _Process, *args: Any) -> Any:
-        # Shortly before others give up waiting for this call, the log gets to know where it stands.
-        faulthandler.dump_traceback_later(0.9 * self.plan.cluster.deadline_s)
-        try:
-            return method(self, *args)
-        except Exception as error:
-            raise self._failure(error, method.__name__) from None
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-
-    return called
-
-
-class _Process:
-    """What all members have. The public methods of its subclasses are guarded."""
-
-    def __init__(self, name: str, log: Path, plan: Plan) -> None:
-        self.name, self.log, self.plan = name, log, plan
-
-    def __init_subclass__(cls) -> None:
-        for name, item in list(vars(cls).items()):
-            if inspect.isfunction(item) and not name.startswith("_"):
-                setattr(cls, name, _guarded(item))
-
-    def _failure(self, error: Exception, method: str) -> UserError | RunError:
-        return failure(error, self.name, method, self.log)
-
-    def _enter(self) -> None:
-        """The process's output goes to its log, its plugins are the driver's."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(descriptor, stream.fileno())
-        faulthandler.enable()
-        with contextlib.suppress(OSError):  # another machine may not have it
-            os.chdir(self.plan.directory)
-        disable(self.plan.values["plugins"]["disable"])  # trainers and engines look for a model's family among the rest
-        load_exact(self.plan.plugin_set)
-
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 """The environment variable that says which GPUs a process sees."""
@@ -128,7 +38,7 @@ Part = Literal["policy", "critic"]
 """What a trainer process trains."""
 
 
-class TrainerMember(_Process):
+class TrainerMember(MemberProcess):
     """One rank of the policy's trainer, of the critic, or of both, if the critic has no ranks of its own."""
 
     def __init__(self, name: str, log: Path, plan: Plan, rank: int, parts: Sequence[Part]) -> None:
@@ -152,7 +62,7 @@ class TrainerMember(_Process):
     def address(self) -> str:
         """A free meeting point for the ranks, on rank 0's machine. The port is below those that systems give to whoever
         asks for any, because it is used only later."""
-        host, draw = _own_host(self.plan), random.SystemRandom()
+        host, draw = own_host(self.plan), random.SystemRandom()
         for _ in range(100):
             port = draw.randrange(15000, 32000)
             with contextlib.suppress(OSError), socket.create_server((host, port)):
@@ -199,7 +109,8 @@ class TrainerMember(_Process):
         """Builds the sender, anew if engines have changed. The meeting point (of rank 0) and what will be sent."""
         if self.sender is not None:
             self.sender.close()
-        self.sender = resolve(_sync_spec(self.plan).ref)(self.contexts["policy"], engines)
+        assert self.plan.sync is not None
+        self.sender = resolve(self.plan.sync.spec.ref)(self.contexts["policy"], engines)
         return self.sender.open() if self.rank == 0 else "", self.parts["policy"].layout()
 
     def connect_sync(self) -> None:
@@ -268,7 +179,6 @@ def _class_of(plan: Plan, part: Part) -> str:
     """ "module:Class" of what trains a part."""
     trained = plan.trainer if part == "policy" else plan.critic
     assert trained is not None
-    assert isinstance(trained.spec, TrainerSpec)
     ref = trained.spec.ref if part == "policy" else trained.spec.critic
     assert ref is not None
     return ref
@@ -285,7 +195,7 @@ Finished = tuple[str, list[Completion] | BaseException]
 """A request's id, and its completions or why there are none."""
 
 
-class EngineMember(_Process):
+class EngineMember(MemberProcess):
     """One engine. Requests come by `submit`, results leave by `take`, many in one answer."""
 
     def __init__(self, name: str, log: Path, plan: Plan, index: int, model: Path) -> None:
@@ -351,7 +261,8 @@ class EngineMember(_Process):
         if self.receiver is not None:
             await asyncio.to_thread(self.receiver.close)
         context = dataclasses.replace(self.context, gone=gone)
-        self.receiver = resolve(_sync_spec(self.plan).receiver)(context, engines, address, layout)
+        assert self.plan.sync is not None
+        self.receiver = resolve(self.plan.sync.spec.receiver)(context, engines, address, layout)
         await asyncio.to_thread(self.receiver.connect)
 
     async def receive(self, version: int) -> None:
@@ -415,7 +326,7 @@ class EngineMember(_Process):
             await self.engine.stop()
 
 
-class TeacherMember(_Process):
+class TeacherMember(MemberProcess):
     """One of the engines that serve the teacher. It scores its share of each batch."""
 
     def __init__(self, name: str, log: Path, plan: Plan, index: int, model: Path, vocabulary: int | None) -> None:
@@ -474,7 +385,7 @@ def _remarks() -> Iterator[list[str]]:
         logging.getLogger().removeHandler(handler)
 
 
-class CollectorMember(_Process):
+class CollectorMember(MemberProcess):
     """The collector: data, rollouts, rewards, filters, advantages."""
 
     def __init__(self, name: str, log: Path, plan: Plan, model: Path, engines: Sequence[tuple[str, Any, Path]]) -> None:

@@ -1,7 +1,7 @@
 """A run's Ray session: it starts or joins a cluster, reserves the resources, starts members, and waits for them.
 
 Every wait has a deadline and, past it, says who is late and where that member's log is. A member's own exception
-reaches the driver as it was raised, with the member's traceback (`miles_core.cluster.members`), not as "the actor
+reaches the driver as it was raised, with the member's traceback (`miles_core.cluster.process`), not as "the actor
 died".
 """
 

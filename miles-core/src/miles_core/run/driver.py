@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from miles_core.cluster.members import CollectorMember, Part, TeacherMember, TrainerMember, hooks_of
+from miles_core.cluster.members import CollectorMember, Part, TeacherMember, TrainerMember
+from miles_core.cluster.process import hooks_of
 from miles_core.cluster.session import Call, Member, Place, Session
 from miles_core.config.schema import Component, Plan, Stage
 from miles_core.config.traits import TEACHER, loss_columns, needed_columns, stage_columns, top_k
