@@ -1,8 +1,8 @@
 """What the tests share: tiny models of each family, batches, and training runs in this process or on several ranks.
 
-`python megatron_kit.py FOLDER RANKS` runs the jobs of FOLDER on several ranks: one job after another, each with a
-process group of its own, so that many layouts cost one start. Ranks are forked when everything is imported, which takes
-longer than most jobs. Rank 0 leaves the results in FOLDER.
+`main` runs the jobs of a folder on several ranks: one job after another, each with a process group of its own, so that
+many layouts cost one start. Ranks are forked when everything is imported, which takes longer than most jobs. Rank 0
+leaves the results in the folder.
 """
 
 from __future__ import annotations
@@ -418,7 +418,9 @@ def run_jobs(out: Path, world_size: int, jobs: Sequence[Mapping[str, Any]]) -> l
     (out / "jobs.json").write_text(
         json.dumps([{**job, "address": f"file://{out}/meeting-{number}"} for number, job in enumerate(jobs)])
     )
-    ranks = subprocess.Popen([sys.executable, __file__, str(out), str(world_size)], start_new_session=True)
+    # Not as a script: what a rank spawns, to write a checkpoint, would import that again.
+    command = [sys.executable, "-c", "import megatron_kit; megatron_kit.main()", str(out), str(world_size)]
+    ranks = subprocess.Popen(command, cwd=Path(__file__).parent, start_new_session=True)
     try:
         assert ranks.wait(timeout=800) == 0, "a rank failed; its traceback is in the output"
     finally:
@@ -469,7 +471,3 @@ def _rank(folder: Path, jobs: Sequence[Mapping[str, Any]], rank: int, world_size
     results = [run_job(job, rank=rank, world_size=world_size, address=job["address"]) for job in jobs]
     if rank == 0:
         (folder / "results.pkl").write_bytes(pickle.dumps(results))
-
-
-if __name__ == "__main__":
-    main()
