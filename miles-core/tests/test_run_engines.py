@@ -72,7 +72,7 @@ def test_while_none_has_failed_nothing_happens() -> None:
     engines, said = engines_of(cluster)
     members = engines.members
     assert asyncio.run(engines.mend(COLLECTOR, 1)) is False
-    assert (engines.members, said, cluster.left) == (members, [], [])
+    assert (engines.members, said, cluster.left, cluster.notes) == (members, [], [], [])
     assert processes(engines) == ["engine 0: process 1", "engine 1: process 2"]
 
 

@@ -60,7 +60,9 @@ class RunEngines:
         colocated: it has GPUs of the trainer then, which no other serves. Raises why it failed, if it cannot be.
         """
         lost = await self._session.ask(collector, "go_without", await self._session.dead(self.members))
-        failed = [engine for engine in self.members if engine.name in lost]
+        count, failed = len(self.members), [engine for engine in self.members if engine.name in lost]
+        if not failed:
+            return False
         made = await asyncio.gather(*(self._again(engine, lost, step) for engine in failed))
         for engine, new in zip(failed, made, strict=True):
             if isinstance(new, Member):
@@ -68,14 +70,13 @@ class RunEngines:
             else:
                 self.members.remove(engine)
                 self._gone.add(_number(engine))
-        errors = [new for new in made if not isinstance(new, Member)]
-        if errors and (not self.members or self._plan.placement.layout == "colocated"):
-            raise errors[0]
-        for left, error in zip(range(len(self.members) + len(errors), 0, -1), errors, strict=False):
-            self._say(f"{error}\ngoing on with {left - 1} of {left} engines")
+        if errors := [new for new in made if not isinstance(new, Member)]:
+            if not self.members or self._plan.placement.layout == "colocated":
+                raise errors[0]
+            self._say("\n".join([*map(str, errors), f"going on with {len(self.members)} of {count} engines"]))
         back = [(new.name, new.actor, new.log) for new in made if isinstance(new, Member)]
         await self._session.ask(collector, "come_back", back)
-        return bool(failed)
+        return True
 
     async def _again(self, engine: Member, lost: Mapping[str, BaseException], step: int) -> Member | BaseException:
         """Another in its place, or why there is none."""
