@@ -10,29 +10,27 @@ import contextlib
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from miles_core.cluster.members import CollectorMember, Part, TeacherMember, TrainerMember
-from miles_core.cluster.process import hooks_of
-from miles_core.cluster.session import Call, Member, Place, Session
-from miles_core.config.schema import Component, Plan, Stage
+from miles_core.cluster.session import Call, Member, Session
+from miles_core.config.schema import Plan, Stage
 from miles_core.config.traits import TEACHER, loss_columns, needed_columns, stage_columns, top_k
-from miles_core.errors import RunError, UserError, explained
-from miles_core.roles import RunInfo, Tracker
+from miles_core.errors import RunError, UserError
+from miles_core.roles import RunInfo
 from miles_core.run import checkpoint
 from miles_core.run.checkpoint import Checkpoint, Saving
 from miles_core.run.console import Console
 from miles_core.run.engines import RunEngines
 from miles_core.run.loop import train
 from miles_core.run.model import prepare_teacher, vocabulary_size
-from miles_core.run.producer import built
-from miles_core.run.trackers import METRICS_FILE, JsonLines
+from miles_core.run.observers import Observers
+from miles_core.run.places import places
 from miles_core.run.turns import Turns
-from miles_core.specs import TrackerSpec
 
 POLICY = "policy"
 """Folder of the finished policy, in the run's."""
@@ -76,19 +74,16 @@ class Run:
     def __init__(self, plan: Plan, model: Path, resumed: Checkpoint | None, console: Console) -> None:
         self.plan, self.model, self.resumed, self.console = plan, model, resumed, console
         self.step = resumed.step if resumed else 0
-        self.session = Session(plan.cluster, _places(plan), plan.folder / "logs")
+        self.session = Session(plan.cluster, places(plan), plan.folder / "logs")
         self.turns = Turns(self.session, sleeps=plan.placement.takes_turns)
-        self.info = RunInfo(
+        info = RunInfo(
             name=plan.name,
             folder=plan.folder,
             config=plan.values,
             steps=plan.steps,
             resumed=resumed.step if resumed else None,
         )
-        self.hooks = hooks_of(plan, "driver")
-        self.trackers = [(one.spec.name, self._tracker(one)) for one in plan.trackers]
-        if not any(isinstance(tracker, JsonLines) for _, tracker in self.trackers):
-            self.trackers.insert(0, (METRICS_FILE, JsonLines(None, self.info)))
+        self.observers = Observers(plan, info)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.trainers: list[Member] = []
         self.critics: list[Member] = []  # the trainers themselves, if the critic shares their ranks
@@ -97,11 +92,6 @@ class Run:
         self._begun: int | None = None  # the stage that the trainers and the collector are in
         self._unnamed: tuple[int, contextlib.AsyncExitStack] | None = None  # the checkpoint that is being written
         self._critic_begun: int | None = None  # that of the critic, which sits out stages without values
-
-    def _tracker(self, component: Component[TrackerSpec]) -> Tracker:
-        with _blaming(f"tracker {component.spec.name}"):
-            tracker: Tracker = built(component, self.info)
-            return tracker
 
     # ---- Start and end -------------------------------------------------------------------------------------------
 
@@ -123,7 +113,7 @@ class Run:
                 await self._connect()
         await self._take_up()
         await self._generating(new=True)
-        self._tell("run_start")
+        self.observers.tell("run_start")
 
     async def _take_up(self) -> None:
         """Begins the first stage, or goes on from the checkpoint. One that stands between two stages belongs to the
@@ -245,9 +235,9 @@ class Run:
     def end(self, error: BaseException | None) -> None:
         """Trackers and callbacks hear that the run is over. While it fails already, what goes wrong here is only
         told."""
-        endings: list[Callable[[], None]] = [self._finish_trackers, partial(self._tell, "run_end")]
+        endings: list[Callable[[], None]] = [self.observers.finish, partial(self.observers.tell, "run_end")]
         if isinstance(error, Exception):
-            endings.insert(0, partial(self._tell, "run_failed", error=error))
+            endings.insert(0, partial(self.observers.tell, "run_failed", error=error))
         for ending in endings:
             try:
                 ending()
@@ -255,11 +245,6 @@ class Run:
                 if error is None:
                     raise
                 self.console.say(str(another), "red")
-
-    def _finish_trackers(self) -> None:
-        for name, tracker in self.trackers:
-            with _blaming(f"tracker {name}"):
-                tracker.finish()
 
     async def stop(self) -> None:
         """Ends all members."""
@@ -278,7 +263,7 @@ class Run:
             self.seconds = defaultdict(float)
             await self._generating()
             ref, collected = await self._collected("next_batch")
-            self._tell("rollout_end", step=self.step, metrics=dict(collected.metrics))
+            self.observers.tell("rollout_end", step=self.step, metrics=dict(collected.metrics))
             await self._training()
             yield BatchRef(
                 ref=ref,
@@ -412,9 +397,9 @@ class Run:
     async def step_end(self, report: Report) -> None:
         """Metrics to trackers, callbacks and the terminal; then an evaluation and a checkpoint if they are due."""
         metrics = self._metrics(report)
-        self._log(report.version, metrics)
+        self.observers.log(report.version, metrics)
         self.console.step(report.version, report.batch.stage, metrics)
-        self._tell("step_end", step=report.version, metrics=metrics)
+        self.observers.tell("step_end", step=report.version, metrics=metrics)
         await self.name_checkpoint(wait=False)
         await self._evaluate_if_due()
         every, last = self.plan.checkpoint.every, report.version == self.plan.steps
@@ -455,9 +440,9 @@ class Run:
         await self._generating()
         with self.console.phase("evaluating"):
             metrics = await self._collected("evaluate")
-        self._log(self.step, metrics)
+        self.observers.log(self.step, metrics)
         self.console.evaluation(self.step, metrics)
-        self._tell("eval_end", step=self.step, metrics=metrics)
+        self.observers.tell("eval_end", step=self.step, metrics=metrics)
 
     async def save(self) -> None:
         """A checkpoint of this step. Trainers may still write it when this returns: see `name_checkpoint`."""
@@ -495,7 +480,7 @@ class Run:
 
     def _named(self, step: int) -> None:
         checkpoint.keep_newest(self.plan.folder, self.plan.checkpoint.keep)
-        self._tell("checkpoint_saved", step=step, path=checkpoint.folder_of(self.plan.folder, step))
+        self.observers.tell("checkpoint_saved", step=step, path=checkpoint.folder_of(self.plan.folder, step))
 
     def _to_save(self) -> list[tuple[Member, Part, str]]:
         """Members with the part that they save, and its folder in a checkpoint."""
@@ -504,27 +489,6 @@ class Run:
             *((trainer, "policy", "trainer") for trainer in self.trainers),
             *((critic, "critic", "critic") for critic in critics),
         ]
-
-    # ---- Observers -------------------------------------------------------------------------------------------------
-
-    def _log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, tracker in self.trackers:
-            with _blaming(f"tracker {name}"):
-                tracker.log(step, metrics)
-
-    def _tell(self, event: str, **what: Any) -> None:
-        """Calls a lifecycle hook of the callbacks."""
-        with _blaming(f"the callback hook {event}"):
-            getattr(self.hooks, event)(run=self.info, **what)
-
-
-@contextlib.contextmanager
-def _blaming(who: str) -> Iterator[None]:
-    """Whatever an observer raises stops the run, as an error that says who it was."""
-    try:
-        yield
-    except Exception as error:
-        raise explained(error, who, "in the driver") from error
 
 
 class _Timed:
@@ -538,30 +502,6 @@ class _Timed:
 
     def __exit__(self, *_: object) -> None:
         self._seconds[self._name] += time.monotonic() - self._start
-
-
-def _places(plan: Plan) -> dict[str, Place]:
-    """What each member needs, by its name."""
-    trainer, engine = plan.trainer_section, plan.engine_section
-    shared = engine is not None and plan.placement.layout == "colocated"
-    place = Place(cpus=trainer.threads, gpus=int(trainer.gpus > 0))
-    places = {f"trainer {rank}": place for rank in range(trainer.world_size)}
-    if engine is not None and shared:
-        ranks = max(engine.gpus, 1)  # so many are beside an engine
-        places = {
-            name: replace(place, beside=f"engine {rank // ranks}") for rank, (name, place) in enumerate(places.items())
-        }
-    if (critic := plan.critic_section) is not None:
-        place = Place(cpus=critic.threads, gpus=int(critic.gpus > 0))
-        places |= {f"critic {rank}": place for rank in range(critic.world_size)}
-    if engine is not None:
-        gpus = 0 if shared else engine.gpus  # those of the trainer's ranks
-        places |= {f"engine {index}": Place(cpus=engine.threads, gpus=gpus) for index in range(engine.count)}
-    if plan.teacher is not None:
-        section = plan.teacher.engine_section
-        place = Place(cpus=section.threads, gpus=section.gpus)
-        places |= {f"teacher {index}": place for index in range(section.count)}
-    return {**places, "collector": Place(cpus=1)}
 
 
 async def drive(plan: Plan, model: Path, resumed: Checkpoint | None, console: Console) -> None:
