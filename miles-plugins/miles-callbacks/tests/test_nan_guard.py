@@ -77,6 +77,16 @@ def test_of_broken_parameters_only_those_are_named(tmp_path: Path, caplog: pytes
     assert f"gradients that are not finite: model.layers.1.mlp.up_proj.weight ({size} entries)" in caplog.text
 
 
+def test_gradients_are_found_where_megatron_puts_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = torch.nn.Linear(3, 2)
+    for name, parameter in model.named_parameters():
+        gradient = torch.full_like(parameter, 1.0 if name == "bias" else math.inf)
+        parameter.main_grad = gradient  # type: ignore[attr-defined]
+    with caplog.at_level(logging.WARNING):
+        assert guard().step_not_finite(context=make_trainer(tmp_path, []).context, step=0, model=model, fault="why")
+    assert caplog.text.rstrip().endswith("gradients that are not finite: weight (6 entries)")
+
+
 def test_a_gradient_that_no_sample_has_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The norm of their sum overflows, of which no entry does."""
 

@@ -33,7 +33,7 @@ class NanGuard:
     def step_not_finite(self, context: TrainerContext, step: int, model: Any, fault: str) -> bool:
         """Whether the step may be skipped; every rank comes to the same answer."""
         weights = _not_finite(((name, each) for name, each in model.named_parameters()), context)
-        gradients = _not_finite(((name, each.grad) for name, each in model.named_parameters()), context)
+        gradients = _not_finite(((name, _gradient(each)) for name, each in model.named_parameters()), context)
         skips = not weights and self.in_a_row < self.settings.patience
         self.in_a_row += 1
         if context.rank == 0:
@@ -66,6 +66,12 @@ def _not_finite(tensors: Iterable[tuple[str, Tensor | None]], context: TrainerCo
     of_ranks: list[dict[str, int]] = [{}] * context.world_size
     dist.all_gather_object(of_ranks, found)
     return {name: sum(rank.get(name, 0) for rank in of_ranks) for rank in of_ranks for name in rank}
+
+
+def _gradient(parameter: Tensor) -> Tensor | None:
+    """Where Megatron puts it, or else where PyTorch does."""
+    found: Tensor | None = getattr(parameter, "main_grad", None)
+    return parameter.grad if found is None else found
 
 
 def _count(tensor: Any) -> int:
