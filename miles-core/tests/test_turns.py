@@ -36,14 +36,12 @@ def test_one_sleeps_while_the_other_works() -> None:
         session: Any = Asked()
         turns = Turns(session, sleeps=True)
         await turns.begin([TRAINER], [ENGINE])
-        assert session.taken() == ["engine 0 sleep"]
-        assert turns.training
+        assert (session.taken(), turns.training) == (["engine 0 sleep"], True)
         await turns.train()
         assert session.taken() == []
         to_engines = ["engine 0 wake weights", "publish", "trainer 0 sleep", "engine 0 wake all"]
         await turns.generate(session.publish, new=True)
-        assert session.taken() == to_engines
-        assert not turns.training
+        assert (session.taken(), turns.training) == (to_engines, False)
         await turns.generate(session.publish)
         assert session.taken() == []
         await turns.train()
