@@ -83,6 +83,24 @@ def test_a_request_that_cannot_be_is_refused_before_it_is_sent(server: SharedSer
     with_engine(server, use)
 
 
+def test_requests_that_enter_together_go_as_one_and_each_comes_back_when_it_is_finished(server: SharedServer) -> None:
+    async def use(engine: SglangEngine) -> Any:
+        asked, events = [], engine._events
+
+        def counted(path: str, body: Any) -> Any:
+            asked.append((path, len(body["rid"])))
+            return events(path, body)
+
+        engine._events = counted  # type: ignore[method-assign]
+        requests = [ask(str(length), [7], (1, 2), temperature=0.0, max_new_tokens=length) for length in (120, 40, 2)]
+        order = [name async for name, _ in engine.generate(requests)]
+        return asked, order
+
+    asked, order = with_engine(server, use)
+    assert asked == [("generate", 6)]
+    assert order == ["2", "40", "120"]
+
+
 def test_a_request_that_waits_for_weights_can_be_aborted(server: SharedServer) -> None:
     async def use(engine: SglangEngine) -> Any:
         await engine.pause("drain")
