@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +198,10 @@ class Miles:
         (self.folder / "run.toml").write_text(RUN)
 
     def start(
-        self, *args: str, probe: Mapping[str, Any] | None = None, cwd: Path | None = None
+        self, *args: str, probe: Mapping[str, Any] | None = None, cwd: Path | None = None, background: bool = False
     ) -> subprocess.Popen[str]:
-        """`miles ARGS`, in a process group of its own, as a shell would start it."""
+        """`miles ARGS`, in a process group of its own, as a shell would start it: a script's background job ignores
+        Ctrl-C."""
         code = "import sys; from miles_core.cli.main import main; sys.exit(main())"
         return subprocess.Popen(
             [sys.executable, "-c", code, *args],
@@ -209,6 +211,7 @@ class Miles:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_IGN if background else signal.SIG_DFL),
         )
 
     def environment(self, probe: Mapping[str, Any]) -> dict[str, str]:

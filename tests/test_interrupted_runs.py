@@ -107,8 +107,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(miles: Miles, whole: Ended, tmp_
     folder = miles.folder / "runs/cut"
     seen = len(miles.notes("paused"))
 
-    def paused(*args: str, at: int, cwd: Path | None = None):
-        process = miles.start(*args, probe={"pause": at}, cwd=cwd)
+    def paused(*args: str, at: int, **how: Any) -> Any:
+        process = miles.start(*args, probe={"pause": at}, **how)
         miles.wait_for_note("paused", process, step=at)
         return process
 
@@ -128,8 +128,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(miles: Miles, whole: Ended, tmp_
     assert f"interrupted; go on with: miles resume {folder}" in ended.out
     assert ended.err.strip() == "Error: interrupted"
 
-    # asked to terminate, as by a batch system: all of its process group at once
-    process = paused("resume", str(folder), at=5)
+    # asked to terminate, as by a batch system: all of its process group at once, which does not hear of Ctrl-C
+    process = paused("resume", str(folder), at=5, background=True)
+    os.killpg(process.pid, signal.SIGINT)
     os.killpg(process.pid, signal.SIGTERM)
     miles.go_on(5)
     ended = miles.end(process)

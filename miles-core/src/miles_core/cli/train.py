@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -95,15 +95,17 @@ def _run(plan: Plan, model: Path, resumed: Checkpoint | None) -> None:
 
     console = Console(plan)
     console.start(resumed.step if resumed else None)
-    signal.signal(signal.SIGTERM, _interrupt)
+
+    async def driven() -> None:
+        # Being told to end is like Ctrl-C, also in the background, where shells have that ignored.
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await drive(plan, model, resumed, console)
+
     try:
-        asyncio.run(drive(plan, model, resumed, console))
+        asyncio.run(driven())
     except (KeyboardInterrupt, asyncio.CancelledError):
         console.say(f"interrupted; go on with: miles resume {plan.folder}", "yellow")
         raise KeyboardInterrupt from None
     console.finish()
-
-
-def _interrupt(*_: Any) -> None:
-    """Being told to end is like Ctrl-C, which asyncio turns into the end of the run's task."""
-    signal.raise_signal(signal.SIGINT)
