@@ -47,6 +47,8 @@ def test_a_run_trains_publishes_outlives_its_server_and_leaves_nothing_behind(mi
     lose_the_server_after_step_one(miles, "name=whole", "schedule.steps=3", "publish.mode=in-place")
     assert len(worst := mismatch(miles, "whole")) == 3
     assert max(worst) < 1e-4
+    counted = [line for line in miles.metrics("whole") if "loss" in line]
+    assert all(line["engine/prompt_tokens"] > line["engine/cached_tokens"] >= 0 for line in counted)
     (log,) = (miles.folder / "runs" / "whole").rglob("sglang-0.log")
     assert log.read_text().count("max_running_requests=8") >= 2
 

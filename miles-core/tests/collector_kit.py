@@ -50,10 +50,15 @@ class Engines:
         self.version = 0
         self.aborted = 0
         self.busy_seconds = [0.0]
+        self.counts: dict[str, int] = {}
         self.waiting: dict[int, asyncio.Future[list[Completion]]] = {}
         self.asked: list[int] = []
         self.left: list[int] = []
         self.on_ask: Callable[[], None] = lambda: None
+
+    def take_counts(self) -> dict[str, int]:
+        counts, self.counts = self.counts, {}
+        return counts
 
     async def generate(self, tokens: IntArray, seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
         group, began = int(tokens[0]) - 1, self.version

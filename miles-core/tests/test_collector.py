@@ -144,6 +144,17 @@ def test_as_many_groups_are_begun_as_may_be_stale_and_no_more_than_the_stage_nee
     asyncio.run(run())
 
 
+def test_what_the_engines_have_counted_is_a_metric_of_the_next_batch() -> None:
+    async def run() -> None:
+        bench = Bench(plan(batch=2, steps=2))
+        await bench.begin()
+        bench.engines.counts = {"cached_tokens": 5}
+        assert (await bench.batch(0, min)).metrics["engine/cached_tokens"] == 5.0
+        assert "engine/cached_tokens" not in (await bench.batch(1, min)).metrics
+
+    asyncio.run(run())
+
+
 def test_an_old_group_is_waited_for_although_newer_ones_would_fill_the_batch() -> None:
     async def run() -> None:
         bench = Bench(plan(batch=2, steps=4, staleness=1))

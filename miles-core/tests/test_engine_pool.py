@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Engine:
         self.batches: list[list[Request]] = []
         self.results: list[tuple[str, Any]] = []
         self.busy_seconds = 0.0
+        self.counts: Counter[str] = Counter()
         self.broken: Exception | None = None
         self.polls = 0
         self._news = asyncio.Event()
@@ -48,7 +50,7 @@ class Engine:
             raise self.broken
         self.batches.append(list(requests))
 
-    async def _take(self, patience_s: float) -> tuple[list[tuple[str, Any]], float]:
+    async def _take(self, patience_s: float) -> tuple[list[tuple[str, Any]], float, Counter[str]]:
         self.polls += 1
         if not self.results:
             self._news.clear()
@@ -58,7 +60,8 @@ class Engine:
         if self.broken:
             raise self.broken
         taken, self.results = self.results, []
-        return taken, self.busy_seconds
+        counts, self.counts = self.counts, Counter()
+        return taken, self.busy_seconds, counts
 
     async def _abort(self, ids: Sequence[str]) -> None:
         self.aborted.append(list(ids))
@@ -251,7 +254,7 @@ def test_without_any_engine_requests_wait_for_one_to_come_back_and_the_old_one_s
         pool = pool_of(old)
         owed = ask(pool, 1)
         await settle()
-        old.busy_seconds = 2.0
+        old.busy_seconds, old.counts = 2.0, Counter(cached_tokens=3)
         old.results.append(("none of ours", []))
         old.wake()
         await settle()
@@ -265,11 +268,13 @@ def test_without_any_engine_requests_wait_for_one_to_come_back_and_the_old_one_s
         new = come_back(pool, 0)
         await settle()
         assert sorted(request.seeds for request in new.requests) == [(1,), (2,)]
-        new.busy_seconds = 0.5
+        new.busy_seconds, new.counts = 0.5, Counter(cached_tokens=4, prompt_tokens=5)
         for request in new.requests:
             new.finish(request)
         assert [seeds_of(await task) for task in (owed, later)] == [[1], [2]]
         assert pool.busy_seconds == [2.5]  # of both
+        assert pool.take_counts() == {"cached_tokens": 7, "prompt_tokens": 5}
+        assert pool.take_counts() == {}
         assert pool.go_without({}) == {}
         assert pool.go_without({"engine 0": gone}) == {"engine 0": gone}  # it can be lost again
         assert [request.seeds for request in old.requests] == [(1,)]

@@ -313,6 +313,9 @@ class Engine(Protocol):
     """Generates tokens, built as `Class(options, context)` in an actor of its own; all methods run on its event loop.
 
     It accepts requests at once after `start`, but generates only once it has received weights.
+
+    busy_seconds: spent generating. An engine may have `counts` too, name -> number, of what only it knows, from its
+    start on: what is added between two batches becomes the metric `engine/NAME`, summed over engines.
     """
 
     version: int

@@ -18,6 +18,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,7 +78,13 @@ class EnginePool:
         self._told: set[str] = set()
         self._left: set[asyncio.Future[list[Completion]]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._counts: Counter[str] = Counter()
         self.aborted = 0
+
+    def take_counts(self) -> dict[str, int]:
+        """What all engines have counted since the last call."""
+        counts, self._counts = self._counts, Counter()
+        return dict(counts)
 
     @property
     def busy_seconds(self) -> list[float]:
@@ -191,7 +198,8 @@ class EnginePool:
         """Polls the engine for as long as it has work."""
         try:
             while engine.waiting:
-                finished, busy_seconds = await engine.member.actor.take.remote(POLL_S)
+                finished, busy_seconds, counts = await engine.member.actor.take.remote(POLL_S)
+                self._counts.update(counts)
                 busy_seconds += engine.before
                 for name, result in finished:
                     self._deliver(engine, name, result)

@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import socket
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -204,6 +205,7 @@ class EngineMember(MemberProcess):
         self.engine: Any = None
         self.receiver: Any = None
         self.finished: list[Finished] = []
+        self.counted: Counter[str] = Counter()
         self.tasks: set[asyncio.Task[None]] = set()
         self.asleep = False
         self.lost: MemberDiedError | None = None
@@ -307,16 +309,17 @@ class EngineMember(MemberProcess):
         """Ends requests that nobody waits for any more."""
         await self.engine.abort(ids)
 
-    async def take(self, patience_s: float) -> tuple[list[Finished], float]:
-        """What has finished since the last call, after waiting up to `patience_s` for something; and the seconds that
-        the engine has computed in all."""
+    async def take(self, patience_s: float) -> tuple[list[Finished], float, Counter[str]]:
+        """What has finished since the last call, after waiting up to `patience_s` for something; the seconds that the
+        engine has computed in all; and what it has counted since the last call."""
         if not self.finished and self.lost is None:
             self.news.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.news.wait(), patience_s)
         await self.ping()
         taken, self.finished = self.finished, []
-        return taken, self.engine.busy_seconds
+        before, self.counted = self.counted, Counter(getattr(self.engine, "counts", {}))
+        return taken, self.engine.busy_seconds, self.counted - before
 
     async def close(self) -> None:
         """Ends what it has started."""

@@ -251,7 +251,12 @@ class Collector:
         counts = progress.counts()
         if not schedule.over_sample:
             del counts["oversampled"]
-        return Collected(batch=batch, metrics={**metrics, **counts}, seconds=seconds)
+        return Collected(batch=batch, metrics={**metrics, **counts, **self._counted()}, seconds=seconds)
+
+    def _counted(self) -> dict[str, float]:
+        """What the engines have counted since the last batch."""
+        counts = self.engines.take_counts() if self.engines else {}
+        return {f"engine/{name}": float(number) for name, number in counts.items()}
 
     def _staleness(self, batch: Batch, step: int) -> dict[str, float]:
         """Versions that the trained tokens lag behind."""

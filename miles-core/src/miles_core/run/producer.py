@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -25,6 +25,7 @@ class Engines(Protocol):
 
     @property
     def busy_seconds(self) -> Sequence[float]: ...
+    def take_counts(self) -> Mapping[str, int]: ...
     async def generate(self, tokens: IntArray, seeds: Sequence[int], sampling: Sampling) -> list[Completion]: ...
 
 

@@ -10,6 +10,7 @@ import json
 import pickle
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,6 +42,8 @@ MEMORY = ["weights", "kv_cache", "cuda_graph"]
 
 _JSON = {"Content-Type": "application/json"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_COUNTED = {"prompt_tokens": "prompt_tokens", "cached_tokens": "cached_tokens", "retractions": "num_retractions"}
+"""Name -> what the server calls it in an answer: cached are tokens of a prompt that it did not compute again."""
 _STATUS: Mapping[str, Status] = {"stop": "completed", "length": "truncated", "abort": "aborted"}
 _PAUSES: Mapping[str, str] = {"retract": "retract", "in-place": "in_place"}
 """The modes in which the server itself pauses; in the others nothing is left that it could go on with."""
@@ -72,8 +75,8 @@ class _Call:
 class SglangEngine:
     """`miles_core.roles.Engine` on a server of SGLang.
 
-    version: of the weights, -1 before the first. What is wrong with a request is a `UserError`; a server that has ended
-    a `RunError` with the end of its log.
+    version: of the weights, -1 before the first. counts: of its answers, what `_COUNTED` says. What is wrong with a
+    request is a `UserError`; a server that has ended a `RunError` with the end of its log.
     """
 
     def __init__(self, options: EngineOptions, context: EngineContext) -> None:
@@ -91,6 +94,7 @@ class SglangEngine:
         self._server_paused = self._new_weights = False
         self._asleep: list[str] = []
         self._clock = _Clock()
+        self.counts: Counter[str] = Counter()
 
     # ---- Start and end -------------------------------------------------------------------------------------------
 
@@ -247,6 +251,7 @@ class SglangEngine:
                     kind = UserError if code == HTTPStatus.BAD_REQUEST else RunError
                     call.fail(kind(f"{self.server.name}: SGLang refuses a request: {ended.get('message')}"))
                 else:
+                    self.counts.update({name: info.get(said, 0) for name, said in _COUNTED.items()})
                     call.finish(info["id"], _completion(answer))
 
     # ---- Aborting and pausing ------------------------------------------------------------------------------------
