@@ -148,7 +148,7 @@ def test_what_an_engine_has_counted_is_told_once() -> None:
         member.engine = SimpleNamespace(busy_seconds=1.5, counts={"cached_tokens": 2})
         assert await member.take(0.01) == ([], 1.5, {"cached_tokens": 2})
         member.engine.counts = {"cached_tokens": 2, "prompt_tokens": 7}
-        assert await member.take(0.01) == ([], 1.5, {"prompt_tokens": 7})
+        assert await member.take(0.01) == ([], 1.5, {"cached_tokens": 0, "prompt_tokens": 7})
         member.engine = SimpleNamespace(busy_seconds=2.0)  # one that does not count
         assert await member.take(0.01) == ([], 2.0, {})
 

@@ -12,7 +12,6 @@ import logging
 import os
 import random
 import socket
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -205,7 +204,7 @@ class EngineMember(MemberProcess):
         self.engine: Any = None
         self.receiver: Any = None
         self.finished: list[Finished] = []
-        self.counted: Counter[str] = Counter()
+        self.counted: dict[str, int] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.asleep = False
         self.lost: MemberDiedError | None = None
@@ -309,7 +308,7 @@ class EngineMember(MemberProcess):
         """Ends requests that nobody waits for any more."""
         await self.engine.abort(ids)
 
-    async def take(self, patience_s: float) -> tuple[list[Finished], float, Counter[str]]:
+    async def take(self, patience_s: float) -> tuple[list[Finished], float, dict[str, int]]:
         """What has finished since the last call, after waiting up to `patience_s` for something; the seconds that the
         engine has computed in all; and what it has counted since the last call."""
         if not self.finished and self.lost is None:
@@ -318,8 +317,9 @@ class EngineMember(MemberProcess):
                 await asyncio.wait_for(self.news.wait(), patience_s)
         await self.ping()
         taken, self.finished = self.finished, []
-        before, self.counted = self.counted, Counter(getattr(self.engine, "counts", {}))
-        return taken, self.engine.busy_seconds, self.counted - before
+        before, self.counted = self.counted, dict(getattr(self.engine, "counts", {}))
+        more = {name: number - before.get(name, 0) for name, number in self.counted.items()}
+        return taken, self.engine.busy_seconds, more
 
     async def close(self) -> None:
         """Ends what it has started."""
