@@ -16,7 +16,7 @@ from miles_core.plugins import resolve
 from miles_core.roles import CriticInputs, LossOutputs
 from miles_core.sample import Batch
 from miles_core.specs import TrainerSpec
-from miles_core.testing.kits.training import TOLERANCE, model_folder, training_batch, training_stage
+from miles_core.testing.kits.training import TOLERANCE, model_folder, training_batch, training_stage, update_around_save
 from miles_core.testing.models import VOCABULARY, gpus_for, make_model, save_model, trainer_context
 from miles_core.testing.subject import Subject, skip
 
@@ -64,11 +64,7 @@ def continues_its_critic_exactly_from_a_checkpoint(subject: Subject[TrainerSpec]
     """If it has a critic: saved, restored into a new one, and trained on, it gives the same values, bit for bit."""
     first, second = _valued(training_batch(0)), _valued(training_batch(1))
     one = _critic(subject)
-    one.update(first, 0, 1)
-    written = one.save(subject.folder / "saved")
-    one.update(second, 1, 1)
-    if written is not None:
-        written(True)
+    update_around_save(one, first, second, subject.folder / "saved")
     expected = one.values(first, 2)
     one.stop()
     other = _critic(subject)

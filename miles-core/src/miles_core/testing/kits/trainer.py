@@ -23,6 +23,7 @@ from miles_core.testing.kits.training import (
     training_batch,
     training_stage,
     unpacked,
+    update_around_save,
     weight_faults,
 )
 from miles_core.testing.models import (
@@ -226,11 +227,7 @@ def continues_exactly_from_a_checkpoint(subject: Subject[TrainerSpec]) -> Iterat
     """Saved, restored into a new trainer, and trained on: the same weights, bit for bit."""
     first, second = training_batch(0), training_batch(1)
     one = _trainer(subject)
-    one.update(first, 0, 1)
-    written = one.save(subject.folder / "saved")
-    one.update(second, 1, 1)
-    if written is not None:
-        written(True)
+    update_around_save(one, first, second, subject.folder / "saved")
     expected = unpacked(one.export())
     one.stop()
     other = _trainer(subject)

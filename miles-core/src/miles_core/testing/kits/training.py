@@ -62,6 +62,15 @@ def training_stage(
     )
 
 
+def update_around_save(trained: Any, first: Batch, second: Batch, folder: Path) -> None:
+    """Trains a trainer or a critic on one batch, saves it into `folder`, and trains it on another meanwhile."""
+    trained.update(first, 0, 1)
+    written = trained.save(folder)
+    trained.update(second, 1, 1)
+    if written is not None:
+        written(True)
+
+
 def model_folder(folder: Path) -> Path:
     """The tiny model as a Hugging Face folder below `folder`."""
     if not (folder / "model").exists():
