@@ -118,3 +118,43 @@ def test_what_is_no_checkpoint_is_refused(saved: dict[str, Any], tmp_path: Path)
     trainer = make_trainer(saved["folder"] / "model")
     with pytest.raises(UserError, match="holds no checkpoint in Megatron's distributed format"):
         trainer.restore(folder)
+
+
+def test_of_two_that_are_being_written_each_keeps_its_own_contents(
+    saved: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch.multiprocessing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from miles_megatron import checkpoint
+
+    second_ended = torch.multiprocessing.get_context("fork").Event()
+    write = FileSystemWriterAsync.write_preloaded_data_multithread
+
+    def in_turn(transforms: Any, use_msc: Any, rank: int, buckets: Any, results: Any) -> None:
+        first = "/first/" in buckets[0][0]
+        assert not first or second_ended.wait(300)
+        write(transforms, use_msc, rank, buckets, results)
+        if not first:
+            second_ended.set()
+
+    monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data_multithread", staticmethod(in_turn))
+    trainer = make_trainer(saved["folder"] / "model")  # for its process group
+    tensors = {"first": {"a": torch.arange(3.0), "b": torch.arange(100.0)}, "second": {"b": torch.ones(7)}}
+    pending = [
+        checkpoint.write(
+            {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in named.items()},
+            tmp_path / which,
+            {"async_save": True},
+            copies=[which],
+        )
+        for which, named in tensors.items()
+    ]
+    assert all(written is not None and written(True) for written in pending)
+    for which, named in tensors.items():
+        assert checkpoint.copies(tmp_path / which) == [which]
+        empty = {name: ShardedTensor.from_rank_offsets(name, torch.zeros_like(one)) for name, one in named.items()}
+        read = checkpoint.read(empty, tmp_path / which, {})
+        assert all(torch.equal(read[name], tensor) for name, tensor in named.items())
+    trainer.stop()

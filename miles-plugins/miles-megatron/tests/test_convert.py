@@ -220,6 +220,21 @@ def test_a_checkpoint_whose_contents_would_call_something_is_refused_uncalled(tm
     assert not called.exists()
 
 
+def test_a_checkpoint_whose_common_part_would_call_something_is_refused_uncalled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from miles_megatron import checkpoint, convert
+
+    called = tmp_path / "called"
+    monkeypatch.setattr(checkpoint, "content", lambda _: {"copies": Calls(called)})
+    convert.hf_to_dist(make_model(tmp_path / "model"), tmp_path / "dist")
+    with pytest.raises(UserError, match="dist cannot be loaded: it holds something that"):
+        convert.dist_to_hf(tmp_path / "dist", tmp_path / "hf")
+    with pytest.raises(UserError, match="dist cannot be loaded: it holds something that"):
+        make_trainer(tmp_path / "dist")
+    assert not called.exists()
+
+
 def test_a_checkpoint_whose_files_are_not_whole_is_refused(tmp_path: Path) -> None:
     from miles_megatron import convert
 

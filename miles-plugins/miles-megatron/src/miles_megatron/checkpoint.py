@@ -6,17 +6,21 @@
 
 The optimizer's state is stored parameter by parameter ("fully_reshardable"): Megatron's default cannot be saved, and
 the other way fits only other numbers of data-parallel ranks. Keys do not depend on whether experts have an optimizer of
-their own. Reading executes nothing: Megatron loads tensors with `weights_only`, and PyTorch's own table of contents,
+their own. Reading executes nothing: everything is loaded with `weights_only`, and PyTorch's own table of contents,
 which is a pickle, is first read by an unpickler that knows nothing but the classes which belong there.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
+import os
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values, merge
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -87,17 +92,34 @@ def content(copies: Sequence[str]) -> dict[str, Any]:
 def copies(folder: Path) -> list[str]:
     """Those that the Hugging Face folder held which the weights came from. Raises `UserError` for a damaged one."""
     _check_files(contents(folder), folder)
-    with _quiet():
+    with _careful(folder):
         found: list[str] = (dist_checkpointing.load_content_metadata(str(folder)) or {}).get("copies", [])
     return found
 
 
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """PyTorch remarks that the common part is read by one process."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _careful(folder: Path) -> Iterator[None]:
+    """What is loaded may execute nothing, though PyTorch's reader of distributed checkpoints would let the parts do so
+    that are no tensors; and it does not remark that the common part is read by one process. Raises `UserError`."""
+    before = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (pickle.UnpicklingError, CheckpointException) as error:  # the latter is no `Exception`
+        failures = error.failures if isinstance(error, CheckpointException) else {}  # the same on all ranks
+        reason: Any = next((failure for failure, _ in failures.values()), error)
+        if isinstance(reason, pickle.UnpicklingError):
+            reason = "it holds something that is neither a tensor nor a plain value"
+        raise UserError(f"{folder} cannot be loaded: {reason}") from None
+    finally:
+        del os.environ[_WEIGHTS_ONLY]
+        if before is not None:
+            os.environ[_WEIGHTS_ONLY] = before
 
 
 _CONTENTS = {
@@ -214,6 +236,9 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     background = bool(options.get("async_save", False))
+    # Who writes says through a queue what stands where. Megatron has one in a process, so that of two checkpoints which
+    # are being written, a policy's and its critic's, the first to be asked would get what the first to end has said.
+    filesystem_async._results_queue = _manager().Queue()
     with _explained():
         request = dist_checkpointing.save(
             state,
@@ -225,6 +250,12 @@ def write(
             content_metadata=content(copies),
         )
     return _scheduled(request) if background else None
+
+
+@functools.cache
+def _manager() -> SyncManager:
+    """Holds queues in a process of its own."""
+    return multiprocessing.get_context("spawn").Manager()
 
 
 @contextmanager
@@ -262,8 +293,8 @@ def read(state: dict[str, Any], folder: Path, options: Mapping[str, Any], *, par
     stored = contents(folder)
     _check_files(stored, folder)
     _check_keys(state, stored, folder)
-    try:
-        with _quiet():
+    with _careful(folder):
+        try:
             loaded: dict[str, Any] = dist_checkpointing.load(
                 state,
                 str(folder),
@@ -271,11 +302,8 @@ def read(state: dict[str, Any], folder: Path, options: Mapping[str, Any], *, par
                 strict=StrictHandling.RAISE_UNEXPECTED,
                 verify_integrity=bool(options.get("verify_integrity", False)),
             )
-    except CheckpointException as failed:  # PyTorch's, which is no `Exception`; the same on all ranks
-        reason = next((error for error, _ in failed.failures.values()), failed)
-        raise UserError(f"{folder} cannot be loaded into this run's model: {reason}") from None
-    except (CheckpointingException, KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} does not fit this run's model: {error}") from error
+        except (CheckpointingException, KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"{folder} does not fit this run's model: {error}") from error
     return loaded
 
 
