@@ -49,6 +49,10 @@ def test_a_run_trains_publishes_outlives_its_server_and_leaves_nothing_behind(mi
     assert max(worst) < 1e-4
     counted = [line for line in miles.metrics("whole") if "loss" in line]
     assert all(line["engine/prompt_tokens"] > line["engine/cached_tokens"] >= 0 for line in counted)
+    assert all(line["engine/tokens_per_second"] > 0 for line in counted)
+    explained = (Path(__file__).parents[1] / "docs" / "how-to" / "read-the-metrics.md").read_text()
+    told = {name for line in counted for name in line if name.startswith("engine/")}
+    assert [name for name in told if f"`{name}`" not in explained] == []
     (log,) = (miles.folder / "runs" / "whole").rglob("sglang-0.log")
     assert log.read_text().count("max_running_requests=8") >= 2
 

@@ -50,15 +50,15 @@ class Engines:
         self.version = 0
         self.aborted = 0
         self.busy_seconds = [0.0]
-        self.counts: dict[str, int] = {}
+        self.measures: dict[str, float] = {}
         self.waiting: dict[int, asyncio.Future[list[Completion]]] = {}
         self.asked: list[int] = []
         self.left: list[int] = []
         self.on_ask: Callable[[], None] = lambda: None
 
-    def take_counts(self) -> dict[str, int]:
-        counts, self.counts = self.counts, {}
-        return counts
+    async def measure(self) -> dict[str, float]:
+        measures, self.measures = self.measures, {}
+        return measures
 
     async def generate(self, tokens: IntArray, seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
         group, began = int(tokens[0]) - 1, self.version

@@ -144,13 +144,15 @@ def test_as_many_groups_are_begun_as_may_be_stale_and_no_more_than_the_stage_nee
     asyncio.run(run())
 
 
-def test_what_the_engines_have_counted_is_a_metric_of_the_next_batch() -> None:
+def test_what_the_engines_have_measured_is_known_when_the_batch_is_finished() -> None:
     async def run() -> None:
         bench = Bench(plan(batch=2, steps=2))
         await bench.begin()
-        bench.engines.counts = {"cached_tokens": 5}
-        assert (await bench.batch(0, min)).metrics["engine/cached_tokens"] == 5.0
-        assert "engine/cached_tokens" not in (await bench.batch(1, min)).metrics
+        assert await bench.collector.measured() == {}  # there was no batch
+        for step, measures in enumerate(({"cached_tokens": 5.0}, {})):
+            bench.engines.measures = measures
+            await bench.batch(step, min)
+            assert await bench.collector.measured() == {f"engine/{name}": number for name, number in measures.items()}
 
     asyncio.run(run())
 

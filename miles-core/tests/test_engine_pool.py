@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from miles_core.cluster import engine_pool
 from miles_core.cluster.affinity import BLOCK, Affinity
 from miles_core.cluster.engine_pool import EnginePool
 from miles_core.errors import RunError, UserError
+from miles_core.roles import Measures, Quotient
 from miles_core.sample import Completion, Request, Sampling, Status
 
 PROMPT = np.array([1, 2, 3], np.int32)
@@ -36,11 +36,12 @@ class Engine:
 
     def __init__(self) -> None:
         self.submit, self.take, self.abort = Method(self._submit), Method(self._take), Method(self._abort)
+        self.measure = Method(self._measure)
         self.aborted: list[list[str]] = []
         self.batches: list[list[Request]] = []
         self.results: list[tuple[str, Any]] = []
         self.busy_seconds = 0.0
-        self.counts: Counter[str] = Counter()
+        self.measures: Measures | Exception | None = None
         self.broken: Exception | None = None
         self.polls = 0
         self._news = asyncio.Event()
@@ -50,7 +51,15 @@ class Engine:
             raise self.broken
         self.batches.append(list(requests))
 
-    async def _take(self, patience_s: float) -> tuple[list[tuple[str, Any]], float, Counter[str]]:
+    async def _measure(self) -> Measures:
+        if self.measures is None:
+            await asyncio.Event().wait()
+        if isinstance(self.measures, Exception):
+            raise self.measures
+        assert self.measures is not None
+        return self.measures
+
+    async def _take(self, patience_s: float) -> tuple[list[tuple[str, Any]], float]:
         self.polls += 1
         if not self.results:
             self._news.clear()
@@ -60,8 +69,7 @@ class Engine:
         if self.broken:
             raise self.broken
         taken, self.results = self.results, []
-        counts, self.counts = self.counts, Counter()
-        return taken, self.busy_seconds, counts
+        return taken, self.busy_seconds
 
     async def _abort(self, ids: Sequence[str]) -> None:
         self.aborted.append(list(ids))
@@ -254,7 +262,7 @@ def test_without_any_engine_requests_wait_for_one_to_come_back_and_the_old_one_s
         pool = pool_of(old)
         owed = ask(pool, 1)
         await settle()
-        old.busy_seconds, old.counts = 2.0, Counter(cached_tokens=3)
+        old.busy_seconds = 2.0
         old.results.append(("none of ours", []))
         old.wake()
         await settle()
@@ -268,16 +276,34 @@ def test_without_any_engine_requests_wait_for_one_to_come_back_and_the_old_one_s
         new = come_back(pool, 0)
         await settle()
         assert sorted(request.seeds for request in new.requests) == [(1,), (2,)]
-        new.busy_seconds, new.counts = 0.5, Counter(cached_tokens=4, prompt_tokens=5)
+        new.busy_seconds = 0.5
         for request in new.requests:
             new.finish(request)
         assert [seeds_of(await task) for task in (owed, later)] == [[1], [2]]
         assert pool.busy_seconds == [2.5]  # of both
-        assert pool.take_counts() == {"cached_tokens": 7, "prompt_tokens": 5}
-        assert pool.take_counts() == {}
         assert pool.go_without({}) == {}
         assert pool.go_without({"engine 0": gone}) == {"engine 0": gone}  # it can be lost again
         assert [request.seeds for request in old.requests] == [(1,)]
+
+    asyncio.run(run())
+
+
+def test_what_engines_measure_is_put_together_without_those_that_fail_or_take_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_pool, "MEASURE_S", 0.05)
+
+    async def run() -> None:
+        engines = [Engine() for _ in range(4)]
+        pool = pool_of(*engines)
+        engines[0].measures = {"tokens": 3.0, "hits": Quotient(1.0, 4.0), "waits": Quotient(0.0, 0.0)}
+        engines[1].measures = {"tokens": 4.0, "hits": Quotient(2.0, 2.0), "waits": Quotient(0.0, 0.0)}
+        engines[2].measures = RunError("it has nothing to say")
+        assert await pool.measure() == {"tokens": 7.0, "hits": 0.5}  # not the mean of 1/4 and 1
+        for engine in engines:
+            engine.measures = {"tokens": 1.0}
+        pool.go_without({"engine 1": RunError("engine 1 is gone")})
+        assert await pool.measure() == {"tokens": 3.0}
 
     asyncio.run(run())
 

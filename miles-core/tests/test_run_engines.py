@@ -13,6 +13,7 @@ import pytest
 from miles_core.cluster.members import EngineMember
 from miles_core.cluster.session import Member, MemberDiedError
 from miles_core.errors import RunError, UserError
+from miles_core.roles import Measures
 from miles_core.run.engines import RunEngines
 
 COLLECTOR = Member("collector", None, Path("log"))
@@ -141,16 +142,16 @@ def test_one_that_shares_gpus_with_the_trainer_sees_them_again() -> None:
     assert cluster.notes[2:4] == [("engine 1", "see", "2,3"), ("engine 1", "enter")]
 
 
-def test_what_an_engine_has_counted_is_told_once() -> None:
+def test_an_engine_may_measure_or_not() -> None:
+    async def measure() -> Measures:
+        return {"cached_tokens": 2.0}
+
     async def run() -> None:
         member = EngineMember("engine 0", Path("log"), SimpleNamespace(), 0, Path("model"))  # type: ignore[arg-type]
-        member.news, member.loop = asyncio.Event(), asyncio.get_running_loop()
-        member.engine = SimpleNamespace(busy_seconds=1.5, counts={"cached_tokens": 2})
-        assert await member.take(0.01) == ([], 1.5, {"cached_tokens": 2})
-        member.engine.counts = {"cached_tokens": 2, "prompt_tokens": 7}
-        assert await member.take(0.01) == ([], 1.5, {"cached_tokens": 0, "prompt_tokens": 7})
-        member.engine = SimpleNamespace(busy_seconds=2.0)  # one that does not count
-        assert await member.take(0.01) == ([], 2.0, {})
+        member.engine = SimpleNamespace(busy_seconds=2.0)
+        assert await member.measure() == {}
+        member.engine.measure = measure
+        assert await member.measure() == {"cached_tokens": 2.0}
 
     asyncio.run(run())
 

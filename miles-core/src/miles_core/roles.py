@@ -309,13 +309,26 @@ class EngineContext:
         return self.index - sum(other < self.index for other in self.gone)
 
 
+@dataclass(frozen=True)
+class Quotient:
+    """A mean, share or rate: `part` / `whole`, each added up over engines first."""
+
+    part: float
+    whole: float
+
+
+Measures = Mapping[str, float | Quotient]
+"""What an engine measures: numbers to be added up over engines, and quotients."""
+
+
 class Engine(Protocol):
     """Generates tokens, built as `Class(options, context)` in an actor of its own; all methods run on its event loop.
 
     It accepts requests at once after `start`, but generates only once it has received weights.
 
-    busy_seconds: spent generating. An engine may have `counts` too, name -> number, of what only it knows, from its
-    start on: what is added between two batches becomes the metric `engine/NAME`, summed over engines.
+    busy_seconds: spent generating. An engine may have `async def measure(self) -> Measures` too: what only it knows of
+    the time since the last call, which becomes the metrics `engine/NAME`. It is called once a step, beside what the
+    trainer does, and left out if it takes long.
     """
 
     version: int

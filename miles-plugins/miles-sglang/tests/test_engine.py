@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sglang_kit import MAX_TOKENS, SharedServer, ask, borrower, collect, publish, with_engine
+from sglang_kit import MAX_TOKENS, SharedServer, ask, borrower, collect, context_of, publish, with_engine
 
 import miles_sglang
 from miles_core.errors import UserError
 from miles_core.plugins import Plugin
-from miles_core.roles import EngineContext
+from miles_core.roles import EngineContext, Quotient
 from miles_core.specs import EngineSpec
 from miles_core.testing.kits import rules_of
-from miles_core.testing.models import make_model, response_logprobs
+from miles_core.testing.models import make_model, response_logprobs, save_model
 from miles_core.testing.subject import SkippedError, Subject
+from miles_sglang import engine as engine_module
 from miles_sglang.engine import SglangEngine
+from miles_sglang.options import EngineOptions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 (SPEC,) = miles_sglang.miles_engines()
@@ -187,3 +189,33 @@ def test_only_the_time_with_something_to_do_is_busy(server: SharedServer) -> Non
     before, after, later = with_engine(server, use)
     assert before == 0
     assert 0 < after == later
+
+
+def test_what_the_server_measures_is_told_once(server: SharedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "SAMPLE_S", 0.01)
+
+    async def use(engine: SglangEngine) -> Any:
+        await engine.measure()  # of what was before
+        await collect(engine, [ask("one", range(1, 31), (1, 2, 3, 4), max_new_tokens=250)])
+        await collect(engine, [ask("again", range(1, 31), max_new_tokens=5)])
+        return await engine.measure(), await engine.measure()
+
+    told, later = with_engine(server, use)
+    assert (told["prompt_tokens"], told["retractions"]) == (150, 0)
+    assert 29 <= told["cached_tokens"] <= 4 * 29  # the last token of a prompt is always computed
+    assert told["cache_hit_rate"] == Quotient(told["cached_tokens"], 150)
+    assert told["tokens_per_second"].part == 1005
+    assert told["time_to_first_token_seconds"].whole == 5
+    assert told["inter_token_seconds"].whole == 1000
+    seconds = told["tokens_per_second"].whole
+    assert 0 < told["inter_token_seconds"].part + told["time_to_first_token_seconds"].part <= 5 * seconds
+    for name, most in (("running_requests", 4), ("kv_usage", 1)):
+        assert 0 < told[name].part <= most * told[name].whole, name
+    assert told["queued_requests"].part >= 0
+    assert all((number.part if isinstance(number, Quotient) else number) == 0 for number in later.values())
+
+
+def test_without_the_servers_metrics_there_are_none(tmp_path: Path) -> None:
+    save_model(make_model(), tmp_path / "model")
+    engine = SglangEngine(EngineOptions(server={"enable_metrics": False}), context_of(tmp_path))
+    assert asyncio.run(engine.measure()) == {}

@@ -18,8 +18,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,15 @@ from typing import Any
 from miles_core.cluster.affinity import Affinity
 from miles_core.cluster.session import Member, translated
 from miles_core.errors import RunError
+from miles_core.roles import Measures, Quotient
 from miles_core.sample import Completion, IntArray, Request, Sampling
 
 _log = logging.getLogger(__name__)
 
 BUSIER, BUSIER_BY = 1.5, 64
 """An engine has much more to do than another if it owes more completions by this factor, and by this number."""
+MEASURE_S = 5.0
+"""How long an engine may take to say what it has measured."""
 POLL_S = 5.0
 """How long a poll waits in the engine; so much later than its deadline a silent engine may be noticed."""
 
@@ -78,13 +80,16 @@ class EnginePool:
         self._told: set[str] = set()
         self._left: set[asyncio.Future[list[Completion]]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._counts: Counter[str] = Counter()
         self.aborted = 0
 
-    def take_counts(self) -> dict[str, int]:
-        """What all engines have counted since the last call."""
-        counts, self._counts = self._counts, Counter()
-        return dict(counts)
+    async def measure(self) -> dict[str, float]:
+        """What the engines have measured since the last call: those that answer in time."""
+        alive = [engine.member.actor for engine in self._engines if engine.lost is None]
+        asked = [asyncio.ensure_future(_answer(actor.measure.remote())) for actor in alive]
+        done, late = await asyncio.wait(asked, timeout=MEASURE_S) if asked else ((), ())
+        for task in late:
+            task.cancel()
+        return _together([task.result() for task in asked if task in done])
 
     @property
     def busy_seconds(self) -> list[float]:
@@ -198,8 +203,7 @@ class EnginePool:
         """Polls the engine for as long as it has work."""
         try:
             while engine.waiting:
-                finished, busy_seconds, counts = await engine.member.actor.take.remote(POLL_S)
-                self._counts.update(counts)
+                finished, busy_seconds = await engine.member.actor.take.remote(POLL_S)
                 busy_seconds += engine.before
                 for name, result in finished:
                     self._deliver(engine, name, result)
@@ -248,6 +252,28 @@ class EnginePool:
             elif not call.future.done():
                 call.moved = True
                 self._enqueue(call)
+
+
+async def _answer(asked: Awaitable[Measures]) -> Measures:
+    """What an engine has measured; nothing of one that fails, of which whoever asks it for tokens hears."""
+    try:
+        return await asked
+    except Exception as error:
+        _log.warning("an engine says nothing of itself: %s", error)
+        return {}
+
+
+def _together(answers: Sequence[Measures]) -> dict[str, float]:
+    """Over all engines; a quotient of nothing is left out."""
+    sums: dict[str, float] = {}
+    quotients: dict[str, Quotient] = {}
+    for name, number in (item for answer in answers for item in answer.items()):
+        if isinstance(number, Quotient):
+            before = quotients.get(name, Quotient(0.0, 0.0))
+            quotients[name] = Quotient(before.part + number.part, before.whole + number.whole)
+        else:
+            sums[name] = sums.get(name, 0.0) + number
+    return sums | {name: number.part / number.whole for name, number in quotients.items() if number.whole}
 
 
 def _tell(call: _Call, result: list[Completion] | BaseException) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from miles_core.cluster.session import MemberDiedError
 from miles_core.config.schema import CriticSection, Plan, TrainerSection
 from miles_core.errors import RunError, UserError
 from miles_core.plugins import resolve
-from miles_core.roles import BucketLayout, EngineContext, PauseMode, TrainerContext, Written
+from miles_core.roles import BucketLayout, EngineContext, Measures, PauseMode, TrainerContext, Written
 from miles_core.run import teaching
 from miles_core.run.collector import Collected, Collector
 from miles_core.run.objective import critic_stage, train_stage
@@ -204,7 +204,6 @@ class EngineMember(MemberProcess):
         self.engine: Any = None
         self.receiver: Any = None
         self.finished: list[Finished] = []
-        self.counted: dict[str, int] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.asleep = False
         self.lost: MemberDiedError | None = None
@@ -308,18 +307,21 @@ class EngineMember(MemberProcess):
         """Ends requests that nobody waits for any more."""
         await self.engine.abort(ids)
 
-    async def take(self, patience_s: float) -> tuple[list[Finished], float, dict[str, int]]:
-        """What has finished since the last call, after waiting up to `patience_s` for something; the seconds that the
-        engine has computed in all; and what it has counted since the last call."""
+    async def take(self, patience_s: float) -> tuple[list[Finished], float]:
+        """What has finished since the last call, after waiting up to `patience_s` for something; and the seconds that
+        the engine has computed in all."""
         if not self.finished and self.lost is None:
             self.news.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.news.wait(), patience_s)
         await self.ping()
         taken, self.finished = self.finished, []
-        before, self.counted = self.counted, dict(getattr(self.engine, "counts", {}))
-        more = {name: number - before.get(name, 0) for name, number in self.counted.items()}
-        return taken, self.engine.busy_seconds, more
+        return taken, self.engine.busy_seconds
+
+    async def measure(self) -> Measures:
+        """What the engine has measured since the last call, if it does."""
+        measure: Callable[[], Awaitable[Measures]] | None = getattr(self.engine, "measure", None)
+        return {} if measure is None else await measure()
 
     async def close(self) -> None:
         """Ends what it has started."""
@@ -437,6 +439,11 @@ class CollectorMember(MemberProcess):
         joined = {name: found[0] if len(found) == 1 else np.concatenate(found) for name, found in parts.items()}
         finished, metrics = await asyncio.to_thread(self.collector.finish, batch, joined)
         return ray.put(finished), metrics
+
+    async def measured(self) -> dict[str, float]:
+        """What the engines measured until the last batch was complete."""
+        measured: dict[str, float] = await self.collector.measured()
+        return measured
 
     async def evaluate(self, step: int, patience_s: float) -> dict[str, float] | None:
         """Metrics of an evaluation, which the first call of a step begins; None if it is not complete yet."""

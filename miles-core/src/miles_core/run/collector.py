@@ -66,6 +66,7 @@ class Collector:
         self.tokenizer = load_tokenizer(model)
         self.clock = Clock()
         self._scorers: dict[int, Scorer] = {}
+        self._measuring: asyncio.Task[dict[str, float]] | None = None
         self._changed = asyncio.Event()
         # All at once, so that what is wrong with the data of a later stage does not come out after hours.
         self._producers = [self._producer(stage) for stage in range(len(plan.stages))]
@@ -251,12 +252,16 @@ class Collector:
         counts = progress.counts()
         if not schedule.over_sample:
             del counts["oversampled"]
-        return Collected(batch=batch, metrics={**metrics, **counts, **self._counted()}, seconds=seconds)
+        if self.engines:
+            self._measuring = asyncio.create_task(self._measure(self.engines))
+        return Collected(batch=batch, metrics={**metrics, **counts}, seconds=seconds)
 
-    def _counted(self) -> dict[str, float]:
-        """What the engines have counted since the last batch."""
-        counts = self.engines.take_counts() if self.engines else {}
-        return {f"engine/{name}": float(number) for name, number in counts.items()}
+    async def _measure(self, engines: Engines) -> dict[str, float]:
+        return {f"engine/{name}": number for name, number in (await engines.measure()).items()}
+
+    async def measured(self) -> dict[str, float]:
+        """What the engines measured between the last two batches, which they were asked when the last was complete."""
+        return await self._measuring if self._measuring is not None else {}
 
     def _staleness(self, batch: Batch, step: int) -> dict[str, float]:
         """Versions that the trained tokens lag behind."""

@@ -337,14 +337,16 @@ class Run:
         return replace(batch, ref=ref, metrics={**batch.metrics, **metrics})
 
     async def update(self, batch: BatchRef) -> Report:
-        """One or more optimizer steps of the policy and of the critic, side by side if they are on different ranks."""
+        """One or more optimizer steps of the policy and of the critic, side by side if they are on different ranks; and
+        beside them, what the engines have measured."""
         asked = (batch.ref, batch.step, batch.stage.schedule.updates_per_batch)
         policy = self.trainers if batch.teaches_policy else []
         critic = self.critics if batch.stage.critic is not None else []
-        answers = await self.session.gather(
+        *answers, measured = await self.session.gather(
             [
                 *((trainer, "update", ("policy", *asked)) for trainer in policy),
                 *((rank, "update", ("critic", *asked)) for rank in critic),
+                (self.collector, "measured", ()),
             ]
         )
         of_policy: dict[str, float] = dict(answers[0]) if policy else {}
@@ -352,7 +354,7 @@ class Run:
         times = [found.pop("train_seconds", 0.0) for found in (of_policy, of_critic)]
         self.seconds["train"] += sum(times) if self.critics is self.trainers else max(times)
         metrics = of_policy | {f"critic/{name}": value for name, value in of_critic.items() if name != "tokens"}
-        return Report(version=batch.step + 1, batch=batch, metrics=metrics)
+        return Report(version=batch.step + 1, batch=batch, metrics=measured | metrics)
 
     async def publish(self, version: int) -> None:
         """All engines generate with these weights from now on."""

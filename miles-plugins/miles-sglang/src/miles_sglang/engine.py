@@ -10,7 +10,6 @@ import json
 import pickle
 import secrets
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,9 +21,10 @@ import numpy as np
 
 from miles_core.errors import RunError, UserError
 from miles_core.extras import import_extra
-from miles_core.roles import EngineContext, PauseMode
+from miles_core.roles import EngineContext, Measures, PauseMode
 from miles_core.sample import Completion, Request, Sampling, Status
 from miles_sglang import tagging
+from miles_sglang.meter import Meter
 from miles_sglang.options import EngineOptions
 from miles_sglang.server import Server
 
@@ -37,13 +37,17 @@ WATCH_S = 0.2
 INSIST_S = 0.2
 """How soon an abort is sent again: one that overtakes its request on the way finds nothing to end."""
 
+SAMPLE_S = 5.0
+"""How often a server that generates is asked how it is, which holds up its answers for a moment."""
+
+PATIENCE_S = 3.0
+"""How long it may take to say how it is: `miles_core.cluster.engine_pool` waits little longer."""
+
 MEMORY = ["weights", "kv_cache", "cuda_graph"]
 """What the server gives back, in its own words."""
 
 _JSON = {"Content-Type": "application/json"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-_COUNTED = {"prompt_tokens": "prompt_tokens", "cached_tokens": "cached_tokens", "retractions": "num_retractions"}
-"""Name -> what the server calls it in an answer: cached are tokens of a prompt that it did not compute again."""
 _STATUS: Mapping[str, Status] = {"stop": "completed", "length": "truncated", "abort": "aborted"}
 _PAUSES: Mapping[str, str] = {"retract": "retract", "in-place": "in_place"}
 """The modes in which the server itself pauses; in the others nothing is left that it could go on with."""
@@ -51,32 +55,44 @@ _PAUSES: Mapping[str, str] = {"retract": "retract", "in-place": "in_place"}
 
 @dataclass(eq=False)
 class _Call:
-    """A request on its way. ids: what the server knows its parts by, one a seed; parts: those that are finished; sent:
-    the server may have it; answer: id and completions of the request, or why there are none."""
+    """A request on its way. ids: what the server knows its parts by, one a seed; left: those that have not ended;
+    parts: those that are finished; sent: the server may have it; answer: id and completions of the request, or why
+    there are none."""
 
     request: Request
     ids: tuple[str, ...]
     answer: asyncio.Future[tuple[str, list[Completion]]]
     parts: dict[str, Completion] = field(default_factory=dict)
     sent: bool = False
+    left: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = set(self.ids)
 
     def finish(self, rid: str, completion: Completion) -> None:
         """Takes a part; the last one completes the answer."""
+        self.left.discard(rid)
         self.parts[rid] = completion
         if len(self.parts) == len(self.ids) and not self.answer.done():
             self.answer.set_result((self.request.id, [self.parts[rid] for rid in self.ids]))
 
-    def fail(self, error: Exception) -> None:
-        """There will be no answer, if there is none yet."""
+    def refuse(self, rid: str, error: Exception) -> None:
+        """A part will not be finished, and so there is no answer."""
+        self.left.discard(rid)
         if not self.answer.done():
             self.answer.set_exception(error)
+
+    def lose(self, error: Exception) -> None:
+        """Nothing more will be heard of those that are left."""
+        for rid in list(self.left):
+            self.refuse(rid, error)
 
 
 class SglangEngine:
     """`miles_core.roles.Engine` on a server of SGLang.
 
-    version: of the weights, -1 before the first. counts: of its answers, what `_COUNTED` says. What is wrong with a
-    request is a `UserError`; a server that has ended a `RunError` with the end of its log.
+    version: of the weights, -1 before the first. What is wrong with a request is a `UserError`; a server that has ended
+    a `RunError` with the end of its log.
     """
 
     def __init__(self, options: EngineOptions, context: EngineContext) -> None:
@@ -94,18 +110,20 @@ class SglangEngine:
         self._server_paused = self._new_weights = False
         self._asleep: list[str] = []
         self._clock = _Clock()
-        self.counts: Counter[str] = Counter()
+        self._meter = Meter() if options.server.get("enable_metrics", True) else None
 
     # ---- Start and end -------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Starts the server; unless they are frozen, its weights have to be published before anything generates."""
         extra = partial(import_extra, needed_by="engine 'sglang'", install="miles-sglang[engine]")
-        http, self._orjson = extra("aiohttp"), extra("orjson")
+        http, self._orjson, _ = extra("aiohttp"), extra("orjson"), extra("prometheus_client")
         await self.server.start()
-        self._spawn(self._watch())
         self._loop = asyncio.get_running_loop()
         self._session = http.ClientSession(connector=http.TCPConnector(limit=0), timeout=http.ClientTimeout(total=None))
+        self._spawn(self._watch())
+        if self._meter is not None:
+            self._spawn(self._sample(self._meter))
         if self.context.frozen:
             self.version, self._new_weights = 0, True
             await self.resume()
@@ -117,6 +135,33 @@ class SglangEngine:
         while self.server.ended is None:  # noqa: ASYNC110 — a process tells nobody
             await asyncio.sleep(WATCH_S)
         self.server.failure()
+
+    async def _sample(self, meter: Meter) -> None:
+        """Looks now and then what a server that generates says of itself."""
+        while True:
+            await asyncio.sleep(SAMPLE_S)
+            if self._clock.ticks and (page := await self._page()):
+                meter.sample(page)
+
+    async def _page(self) -> str:
+        """What the server says of itself; nothing if it is too busy, or has ended."""
+        import aiohttp
+
+        assert self._session is not None, "start first"
+        try:
+            async with self._session.get(
+                f"{self.server.url}/metrics", timeout=aiohttp.ClientTimeout(total=PATIENCE_S)
+            ) as answer:
+                page: str = await answer.text()
+                return page if answer.status == HTTPStatus.OK else ""
+        except (aiohttp.ClientError, TimeoutError):
+            return ""
+
+    async def measure(self) -> Measures:
+        """What the server says of itself since the last call; `miles_sglang.meter` says what that is."""
+        if self._meter is None or not (page := await self._page()):
+            return {}
+        return self._meter.take(page, self.busy_seconds)
 
     async def stop(self) -> None:
         """Ends the server; who still waits hears of it."""
@@ -235,7 +280,7 @@ class SglangEngine:
             error = raised
         finally:  # who still waits hears of it
             for call in calls:
-                call.fail(error)
+                call.lose(error)
 
     async def _ask(self, calls: Sequence[_Call]) -> None:
         """Each part is answered when it is finished."""
@@ -249,9 +294,11 @@ class SglangEngine:
                     continue
                 if code := ended.get("status_code"):  # it is the server that has aborted it
                     kind = UserError if code == HTTPStatus.BAD_REQUEST else RunError
-                    call.fail(kind(f"{self.server.name}: SGLang refuses a request: {ended.get('message')}"))
+                    first = not call.answer.done()
+                    call.refuse(info["id"], kind(f"{self.server.name}: SGLang refuses a request: {ended['message']}"))
+                    if first:  # nobody would read its other parts
+                        self._spawn(self._insist([call]))
                 else:
-                    self.counts.update({name: info.get(said, 0) for name, said in _COUNTED.items()})
                     call.finish(info["id"], _completion(answer))
 
     # ---- Aborting and pausing ------------------------------------------------------------------------------------
@@ -277,7 +324,7 @@ class SglangEngine:
 
     async def _insist(self, calls: Sequence[_Call]) -> None:
         """Tells the server to end them until they have ended."""
-        while left := [rid for call in calls if not call.answer.done() for rid in call.ids if rid not in call.parts]:
+        while left := [rid for call in calls for rid in call.ids if rid in call.left]:
             for rid in left:
                 await self._post("abort_request", {"rid": rid})
             await asyncio.sleep(INSIST_S)
@@ -370,9 +417,12 @@ class _Clock:
         self._running, self._paused = 0, False
 
     @property
+    def ticks(self) -> bool:
+        return self._running > 0 and not self._paused
+
+    @property
     def seconds(self) -> float:
-        ticks = self._running > 0 and not self._paused
-        return self._seconds + (time.perf_counter() - self._since if ticks else 0.0)
+        return self._seconds + (time.perf_counter() - self._since if self.ticks else 0.0)
 
     def change(self, *, running: int = 0, paused: bool | None = None) -> None:
         """So many more, or fewer, things are to be done; or a pause begins or ends."""
