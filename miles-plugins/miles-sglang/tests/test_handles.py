@@ -23,7 +23,7 @@ from sglang_kit import SharedServer, ask, buckets_of, collect, context_of, layou
 from miles_core.errors import RunError
 from miles_core.roles import Bucket
 from miles_core.testing.models import make_model, response_logprobs, trainer_context, weights_of
-from miles_sglang import handles, loading
+from miles_sglang import handles
 from miles_sglang.engine import SglangEngine
 from miles_sglang.handles import Receiver, Sender
 
@@ -112,10 +112,15 @@ def test_a_bucket_is_kept_until_it_is_loaded_and_one_more_is_made_meanwhile(serv
 
 
 def test_what_a_server_has_loaded_otherwise_is_found_out(server: SharedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Damaged(handles.HostHandle):
+        def __init__(self, flat: torch.Tensor) -> None:
+            damaged = flat.clone()
+            damaged[100] ^= 1
+            super().__init__(damaged)
+
     async def use(engine: SglangEngine) -> None:
         ends = await meet(engine)
-        # Of the trainer only: the server is a process of its own.
-        monkeypatch.setattr(loading, "checksum", lambda flat: "0" * 128)
+        monkeypatch.setattr(handles, "HostHandle", Damaged)
         sending = asyncio.create_task(asyncio.to_thread(ends[0].send, iter(buckets_of(make_model()))))
         with pytest.raises(RunError, match=r"what engine 0 has loaded of model.embed_tokens.weight … is not what the"):
             await asyncio.to_thread(ends[1].receive, engine.load)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,10 @@ from sglang_kit import SharedServer, ask, buckets_of, collect, layout_of, with_e
 from miles_core.errors import RunError
 from miles_core.roles import Bucket, BucketLayout
 from miles_core.testing.models import make_model, response_logprobs, trainer_context
-from miles_sglang import loading
+from miles_sglang import sync
 from miles_sglang.engine import SglangEngine
 from miles_sglang.sync import Receiver, Sender
+from miles_torch.checksum import checksum
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PROMPT = [7, 8, 9, 10, 11]
@@ -100,16 +101,45 @@ def test_what_the_server_does_not_load_is_said(server: SharedServer) -> None:
     with_engine(server, use)
 
 
+def flip_a_bit_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what the trainer sends."""
+    send = dist.broadcast
+
+    def changed(flat: torch.Tensor, **rest: Any) -> Any:
+        flat = flat.clone()
+        flat[100] ^= 1
+        return send(flat, **rest)
+
+    monkeypatch.setattr(dist, "broadcast", changed)
+
+
+def exchange_two_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors of one shape."""
+
+    def sent(flat: torch.Tensor, names: Any, *rest: Any) -> str:
+        exchanged = {"q": "k", "k": "q"}
+        return checksum(flat, [re.sub(r"(?<=\.)[qk](?=_norm)", lambda one: exchanged[one[0]], n) for n in names], *rest)
+
+    monkeypatch.setattr(sync, "checksum", sent)
+
+
+@pytest.mark.parametrize(
+    ("fault", "first"), [(flip_a_bit_on_the_way, "model.embed_tokens"), (exchange_two_names, "model.layers.0")]
+)
 def test_weights_that_arrive_otherwise_than_they_were_sent_are_found_out(
-    server: SharedServer, monkeypatch: pytest.MonkeyPatch
+    fault: Any, first: str, server: SharedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def use(engine: SglangEngine) -> None:
         ends = await meet(engine)
-        # Of the trainer only: the server is a process of its own.
-        monkeypatch.setattr(loading, "checksum", lambda flat: hashlib.blake2b(b"something else").hexdigest())
-        with pytest.raises(RunError, match=r"what arrived of model.embed_tokens.weight … at engine 0 is not what the"):
-            await publish(engine, ends, make_model(), 1)
-        await engine.resume()
+        sender, receiver = ends
+        with monkeypatch.context() as patch:
+            fault(patch)
+            await engine.pause("in-place")
+            sending = asyncio.create_task(asyncio.to_thread(sender.send, iter(buckets_of(make_model()))))
+            with pytest.raises(RunError, match=rf"what arrived of {first}\.\S+ … at engine 0 is not what the"):
+                await asyncio.to_thread(receiver.receive, engine.load)
         await part(ends)
+        await asyncio.gather(sending, return_exceptions=True)  # nobody takes the rest
+        await engine.resume()
 
     with_engine(server, use)

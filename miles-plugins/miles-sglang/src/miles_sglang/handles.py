@@ -33,9 +33,9 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from miles_core.errors import RunError
 from miles_core.roles import Bucket, BucketLayout, EngineContext, TrainerContext
-from miles_sglang import loading
 from miles_sglang.server import Server, beside
 from miles_sglang.sync import ask, join, listen
+from miles_torch.checksum import checksum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,9 +152,9 @@ class Sender:
                 flat = self._whole(bucket, number)
                 raw = flat.view(torch.uint8)
                 handle: Handle = GpuHandle(raw) if raw.is_cuda else HostHandle(raw)
-                checksum = loading.checksum(raw) if self._context.verify else "-"
+                said = checksum(raw, bucket.names, bucket.shapes, flat.dtype) if self._context.verify else "-"
                 payload = base64.b64encode(parcel(bucket, flat.dtype, handle)).decode()
-                self._store.set(self._key("handle", number), f"{checksum} {payload}")
+                self._store.set(self._key("handle", number), f"{said} {payload}")
                 del bucket, flat, raw
                 with held.pop_all():  # the one before, which has been read meanwhile
                     held.callback(handle.close)
@@ -243,9 +243,9 @@ class Receiver:
             flush_cache=False,  # each version has its own part of the cache, see `tagging`
         )
 
-    def _loaded(self, number: int, checksum: str, answer: Future[str]) -> None:
+    def _loaded(self, number: int, sent: str, answer: Future[str]) -> None:
         """Tells the trainer that a bucket is loaded, when it is."""
-        if not answer.result().endswith(f"={checksum}") and self._verify:
+        if not answer.result().endswith(f"={sent}") and self._verify:
             raise RunError(
                 f"weight sync: what {self._server.name} has loaded of {self._layout[number].names[0]} … is not what "
                 f"the trainer has sent (log: {self._server.log})"

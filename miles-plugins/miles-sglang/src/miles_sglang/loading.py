@@ -8,7 +8,6 @@ weights, say) works every time.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -71,12 +70,14 @@ def _load(updater: Any, flat: Tensor, parts: Sequence[Part]) -> tuple[bool, str]
         load(updater.get_model(), flat, parts)
     except Exception as error:  # it becomes the server's answer
         return False, f"{type(error).__name__}: {error}"
-    return True, f"checksum={checksum(flat)}" if os.environ.get(VERIFY) else ""
+    return True, f"checksum={_checksum(flat, parts)}" if os.environ.get(VERIFY) else ""
 
 
-def checksum(flat: Any) -> str:
-    """Of the bytes of a tensor of bytes."""
-    return hashlib.blake2b(flat.cpu().numpy()).hexdigest()
+def _checksum(flat: Tensor, parts: Sequence[Part]) -> str:
+    """Of what has arrived."""
+    from miles_torch.checksum import checksum
+
+    return checksum(flat, [part.name for part in parts], [part.shape for part in parts], parts[0].dtype)
 
 
 # ---- Routes ---------------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_proces
 
 from miles_core.errors import RunError
 from miles_core.roles import Bucket, BucketLayout, EngineContext, TrainerContext
-from miles_sglang import loading
 from miles_sglang.server import Server, beside
+from miles_torch.checksum import checksum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,8 @@ class Sender:
             assert self._group is not None, "connect first"
             flat = bucket.flat.contiguous().view(torch.uint8)
             if self._context.verify:
-                self._store.set(f"checksum {self._transfers}/{number}", loading.checksum(flat))
+                said = checksum(flat, bucket.names, bucket.shapes, bucket.flat.dtype)
+                self._store.set(f"checksum {self._transfers}/{number}", said)
             try:
                 dist.broadcast(flat.cuda() if self._context.gpus else flat.cpu(), src=0, group=self._group)
             except RuntimeError as error:

@@ -10,7 +10,6 @@ gloo carries the bytes through host memory; if the trainer and all engines have 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, St
 
 from miles_core.errors import RunError
 from miles_core.roles import Bucket, BucketLayout, EngineContext, TrainerContext
+from miles_torch.checksum import checksum
 
 CONNECT_TIMEOUT_S = 120.0
 """For engines, whose context has no time limit of its own; the trainer's comes from the run."""
@@ -118,12 +118,6 @@ def _member(rank: int) -> str:
     return "the trainer" if rank == 0 else f"engine {rank - 1}"
 
 
-def checksum(flat: Tensor) -> str:
-    """Of a bucket's bytes."""
-    raw: Any = flat.contiguous().view(torch.uint8).cpu().numpy()
-    return hashlib.blake2b(raw).hexdigest()
-
-
 def _checksum_key(channel: _Channel, number: int) -> str:
     return f"checksum {channel.transfers}/{number}"
 
@@ -169,7 +163,8 @@ class TorchSender:
         channel.meet()
         for number, bucket in enumerate(buckets):
             if self._context.verify:
-                channel.store.set(_checksum_key(channel, number), checksum(bucket.flat))
+                said = checksum(bucket.flat, bucket.names, bucket.shapes, bucket.flat.dtype)
+                channel.store.set(_checksum_key(channel, number), said)
             channel.broadcast(bucket.flat.to(channel.device))
         channel.hear(f"loaded {channel.transfers}", range(1, channel.size))
 
@@ -216,11 +211,15 @@ class TorchReceiver:
         channel.say(f"loaded {channel.transfers}")
 
     def _compare(self, channel: _Channel, number: int, flat: Tensor) -> None:
-        if not self._context.verify or channel.store.get(_checksum_key(channel, number)) == checksum(flat).encode():
+        bucket = self._layout[number]
+        if not self._context.verify or (
+            channel.store.get(_checksum_key(channel, number)).decode()
+            == checksum(flat, bucket.names, bucket.shapes, flat.dtype)
+        ):
             return
         raise RunError(
-            f"weight sync: what arrived of {self._layout[number].names[0]} … at {_member(channel.rank)} is not what "
-            f"the trainer has sent."
+            f"weight sync: what arrived of {bucket.names[0]} … at {_member(channel.rank)} is not what the trainer has "
+            f"sent."
         )
 
     def _buffer(self, dtype: str, size: int) -> Tensor:
