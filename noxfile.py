@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import nox
 from packaging.requirements import Requirement
 
+T = TypeVar("T")
 ROOT = Path(__file__).parent
 MEMBERS = sorted(
     pyproject.parent.relative_to(ROOT)
@@ -48,6 +50,9 @@ SHOWN = ("megatron-core==", "ray==", "sglang==", "torch==", "transformer-engine=
 STAND_IN = "./tests/stand_ins/pycosat"
 """Instead of the one dependency that is compiled when it is installed."""
 TOOLS = ("hypothesis", "mkdocs-material", "mypy", "nox", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "uv")
+SIDE_BY_SIDE = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
+"""How pytest uses several processors: a process takes whole files, because their fixtures are runs by Ray, four of
+which fill a machine's memory."""
 
 # pip, and not uv, because only pip sees the find-links and indexes that pip is configured with, where a machine may
 # keep its CPU build of torch.
@@ -101,10 +106,20 @@ def lint(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["workspace"])
 def types(session: nox.Session) -> None:
     """Mypy, strict for all sources; in tests, functions without annotations are left alone."""
-    run(session, "mypy", *(str(member / "src") for member in MEMBERS), "benchmarks", "noxfile.py")
+    side_by_side(lambda check: check(session), (types_of_sources, types_of_tests))
+
+
+def types_of_sources(session: nox.Session) -> None:
+    """With a cache of its own, as `types_of_tests` has: options that differ make another's useless."""
+    sources = (*(str(member / "src") for member in MEMBERS), "benchmarks", "noxfile.py")
+    run(session, "mypy", "--cache-dir", ".mypy_cache/sources", *sources)
+
+
+def types_of_tests(session: nox.Session) -> None:
+    """See `types`."""
     lenient = (
-        "--allow-untyped-defs", "--allow-incomplete-defs", "--allow-untyped-calls", "--no-check-untyped-defs",
-        "--no-warn-unused-ignores",
+        "--cache-dir", ".mypy_cache/tests", "--allow-untyped-defs", "--allow-incomplete-defs",
+        "--allow-untyped-calls", "--no-check-untyped-defs", "--no-warn-unused-ignores",
     )  # fmt: skip
     # One run each, because tests of different distributions may have the same module name.
     for folder in (*(member / "tests" for member in MEMBERS), Path("tests"), *EXAMPLES):
@@ -116,9 +131,7 @@ def types(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["workspace"])
 def tests(session: nox.Session) -> None:
     """All tests; arguments go to pytest: `nox -s tests -- -k grpo`."""
-    # A process takes whole files, because their fixtures are runs by Ray; four of those fill a machine's memory.
-    apart = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
-    run(session, "pytest", *apart, *session.posargs)
+    run(session, "pytest", *SIDE_BY_SIDE, *session.posargs)
 
 
 @nox.session(default=False, reuse_venv=True, requires=["workspace"])
@@ -175,10 +188,10 @@ def try_wheels(session: nox.Session, wheels: Path, names: list[str]) -> Path:
     return environment
 
 
-def side_by_side(work: Callable[[str], object], names: Iterable[str]) -> None:
-    """Do the work for all names, on as many processors as there are; it runs programs of one process."""
+def side_by_side(work: Callable[[T], object], items: Iterable[T]) -> None:
+    """Do the work for all items, on as many processors as there are; it runs programs of one process."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(work, names))
+        list(pool.map(work, items))
 
 
 @contextmanager
@@ -198,6 +211,7 @@ def gathered(session: nox.Session, constraints: Sequence[str], wanted: Sequence[
 def from_wheels(session: nox.Session, wheels: Path, names: Sequence[str], *more: str) -> Path:
     """A new environment with `names` and `more` and what they depend on; every module of `names` is imported there."""
     environment = wheels.parent / ("all" if len(names) > 1 else names[0])
+    session.env["PYTHONDONTWRITEBYTECODE"] = ""  # what is imported here, is so more than once, and uv compiles nothing
     run(session, "uv", "venv", "-q", "--clear", environment)
     python = environment / "bin" / "python"
     # A cache of its own: uv knows a wheel again by its name, and ours keep their names when they change.
@@ -311,9 +325,8 @@ def floors(name: str) -> Iterator[str]:
 @nox.session(venv_backend="none", requires=["workspace"])
 def docs(session: nox.Session) -> None:
     """Build the site into site/, every link and anchor checked; run every command, example and hook that it shows."""
-    session.env["NO_MKDOCS_2_WARNING"] = "1"
-    run(session, "mkdocs", "build", "--strict")
-    run(session, "pytest", "docs", *session.posargs)
+    run(session, "mkdocs", "build", "--strict", NO_MKDOCS_2_WARNING="1")
+    run(session, "pytest", *SIDE_BY_SIDE, "docs", *session.posargs, MILES_SITE=str(ROOT / "site"))
 
 
 @nox.session(default=False, venv_backend="none", requires=["workspace"])

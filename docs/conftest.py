@@ -11,14 +11,25 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
 
+from commands import ROOT, Workshop
+
 collect_ignore = ["examples"]  # packages with tests of their own, which need them installed: `nox -s package`
 
-ROOT = Path(__file__).parents[1]
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """Runs the pages of a test file."""
+    return Workshop(tmp_path_factory.mktemp("pages"))
 
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built strictly: a link or an anchor that leads nowhere, or a page that no menu has, is an error."""
+    """The site, built strictly: a link or an anchor that leads nowhere, or a page that no menu has, is an error.
+
+    `nox -s docs` has built it so before, and says where it is (MILES_SITE).
+    """
+    if built := os.environ.get("MILES_SITE"):
+        return Path(built)
     folder = tmp_path_factory.mktemp("docs") / "site"
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],  # --quiet would hide what is wrong

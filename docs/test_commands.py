@@ -1,4 +1,7 @@
-"""Every command that a page shows is run, and prints what is shown."""
+"""Every command that a page shows is run, and prints what is shown.
+
+Pages that go on from a tutorial are in test_arithmetic_pages.py: two processes can test side by side.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,19 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import Outcome, Workshop, blocks, matches, rewritten
+from commands import ROOT, Outcome, Workshop, blocks, first, matches, pages, rewritten
 
-from miles_core.run.trackers import read_metrics
+pytestmark = pytest.mark.timeout(900)
+TUTORIAL = ROOT / "docs/tutorials/arithmetic.md"
 
-pytestmark = pytest.mark.timeout(1800)  # the first page of a chain pays for the runs of those before it
-
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
-PAGES = [
-    page
-    for page in sorted((*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("miles-*/**/README.md")))
-    if "examples" not in page.parts and any(block.language in ("console", "bash") for block in blocks(page.read_text()))
-]
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("pages"))
+PAGES = pages()
+ALONE = [page for page in PAGES if first(page) != TUTORIAL]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", ALONE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_print_what_is_shown(page: Path, workshop: Workshop) -> None:
-    faults = [outcome.fault for outcome in workshop.outcomes(page) if outcome.fault]
-    mend = f"python docs/tools/commands.py {page.relative_to(ROOT)} writes what is printed into the page"
-    assert not faults, "\n\n".join([*faults, mend])
+    workshop.check(page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -41,30 +31,6 @@ def test_what_is_not_run_says_who_runs_it_or_why_not(page: Path) -> None:
             reason = block.note.removeprefix("not run: ")
             for name in re.findall(r"[\w./-]+\.py", reason):
                 assert (ROOT / name).is_file(), f"{page} says that {name} runs it"
-
-
-@pytest.mark.slow
-def test_every_metric_that_a_run_reports_is_explained(workshop: Workshop) -> None:
-    text = (DOCS / "how-to" / "read-the-metrics.md").read_text()
-    explained = set(re.findall(r"`([^`\s]+)`", text))
-    runs = [DOCS / "tutorials" / "arithmetic.md", DOCS / "how-to" / "train-asynchronously.md"]
-    folders = [path.parent for page in runs for path in workshop.left_by(page).rglob("metrics.jsonl")]
-    assert {folder.name for folder in folders} >= {"rehearsal", "sums", "async"}
-    reported = {name for folder in folders for _, metrics in read_metrics(folder) for name in metrics}
-    parts = re.compile(r"(?<=reward/)[\w-]+$")
-    assert {parts.sub("NAME", name) for name in reported} <= explained
-
-
-@pytest.mark.slow
-def test_a_run_folder_has_what_the_reference_says(workshop: Workshop) -> None:
-    text = (DOCS / "reference" / "run-folder.md").read_text()
-    told = {name.partition("/")[0] for name in re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)}
-    run = workshop.left_by(DOCS / "tutorials" / "arithmetic.md") / "first" / "runs" / "rehearsal"
-    assert told == {path.name for path in run.iterdir() if path.name != ".lock"}
-    checkpoint = re.search(r"^\| `checkpoints/.*$", text, re.MULTILINE)
-    assert checkpoint is not None
-    inside = {name.rstrip("/") for name in re.findall(r"`([^`]+)`", checkpoint[0])[1:]}
-    assert inside == {path.name for path in next((run / "checkpoints").iterdir()).iterdir()}
 
 
 # ---- What the comparison allows -------------------------------------------------------------------------------------

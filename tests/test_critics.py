@@ -120,24 +120,18 @@ def test_the_weight_of_the_divergence_is_adapted(miles: Miles, shared: Ended) ->
         coefficient *= 1 + error * 8 / 8
 
 
-def test_a_critic_on_ranks_of_its_own_gives_the_same_run(miles: Miles, shared: Ended) -> None:
-    ended = miles.run("train", "ppo.toml", "name=own", "critic.ranks=2")
-    assert (ended.code, ended.err, ended.left_over) == (0, "", [])
-    assert apart_from_times(miles.metrics("own")) == apart_from_times(miles.metrics("shared"))
-    assert files(miles.folder / "runs/own") == files(miles.folder / "runs/shared")
-    assert (miles.folder / "runs/own/logs/critic-1.log").exists()
-
-
-@pytest.mark.timeout(600)
-def test_a_killed_run_with_a_critic_resumes_bit_for_bit(miles: Miles, shared: Ended) -> None:
-    process = miles.start("train", "ppo.toml", "name=cut", probe={"pause": 2})
+def test_a_critic_on_ranks_of_its_own_gives_the_same_run_though_it_is_killed_and_resumed(
+    miles: Miles, shared: Ended
+) -> None:
+    process = miles.start("train", "ppo.toml", "name=own", "critic.ranks=2", probe={"pause": 2})
     miles.wait_for_note("paused", process, step=2)
     miles.kill()
     assert process.wait() == -signal.SIGKILL
-    folder = miles.folder / "runs/cut"
+    folder = miles.folder / "runs/own"
+    assert (folder / "logs/critic-1.log").exists()
     ended = miles.run("resume", str(folder))
     assert (ended.code, ended.err, ended.left_over) == (0, "", [])
-    assert apart_from_times(miles.metrics("cut")) == apart_from_times(miles.metrics("shared"))
+    assert apart_from_times(miles.metrics("own")) == apart_from_times(miles.metrics("shared"))
     assert files(folder) == files(miles.folder / "runs/shared")
 
 

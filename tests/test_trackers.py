@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
+import one_process
 import pytest
 from run_kit import RUN, Miles
+
+from miles_core.errors import RunError
+from miles_core.run.trackers import read_metrics
+from miles_torch.trainer import TorchTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "miles-plugins/miles-trackers/tests"))
 
@@ -42,17 +48,30 @@ def mlflow_steps(database: Path, metric: str) -> list[int]:
 def test_after_a_resume_no_tracker_has_a_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    miles = Miles(tmp_path)
-    (tmp_path / "tracked.toml").write_text(TRACKERS + RUN)
+    rows = [json.dumps({"prompt": f"{number} + 1 =", "answer": number + 1}) for number in range(40)]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "tracked.toml").write_text(TRACKERS + RUN.replace('callbacks = ["probe"]', ""))
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs/tracked"
 
-    ended = miles.run("train", "tracked.toml", "schedule.steps=6", "checkpoint.every=2", probe={"full_disk": 4})
-    assert (ended.code, ended.left_over) == (1, [])
+    save = TorchTrainer.save
+
+    def save_once(trainer: TorchTrainer, to: Path) -> None:
+        if "step-00000004" in str(to):
+            raise RunError("the disk is full")
+        save(trainer, to)
+
+    monkeypatch.setattr(TorchTrainer, "save", save_once)
+    with pytest.raises(RunError, match="the disk is full"):
+        one_process.train(
+            "tracked.toml", ["schedule.steps=6", "checkpoint.every=2"], one_process.catalog(), monkeypatch
+        )
     assert [row["_step"] for row in wandb_history(folder) if "loss" in row] == ["1", "2", "3", "4"]
 
-    ended = miles.run("resume", str(folder))
-    assert (ended.code, ended.left_over) == (0, []), ended.err
-    logged = [line["step"] for line in miles.metrics("tracked") if "loss" in line]
+    monkeypatch.setattr(TorchTrainer, "save", save)
+    steps = one_process.resume(folder, one_process.catalog(), monkeypatch)
+    logged = [int(step) for step, metrics in read_metrics(folder) if "loss" in metrics]
+    assert len(steps) == 6
     assert logged == [1, 2, 3, 4, 5, 6]
     assert [step for step, _ in tensorboard_points(folder / "tensorboard", "loss")] == logged
     assert [int(row["_step"]) for row in wandb_history(folder) if "loss" in row] == logged

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 HOME = "/home/you"
 """What pages call the folder in which their commands run."""
 ANY = "…"
@@ -105,6 +106,19 @@ def continued(page: str) -> str | None:
     """The page that a page goes on from, as its text says it."""
     found = _CONTINUES.search(page)
     return found[1] if found else None
+
+
+def first(page: Path) -> Path:
+    """The page that begins what `page` goes on from."""
+    before = continued(page.read_text(encoding="utf-8"))
+    return page if before is None else first((page.parent / before).resolve())
+
+
+def pages() -> list[Path]:
+    """All pages of the repository that show commands."""
+    docs, readmes = (ROOT / "docs").rglob("*.md"), ROOT.glob("miles-*/**/README.md")
+    found = (page for page in sorted((*docs, *ROOT.glob("*.md"), *readmes)) if "examples" not in page.parts)
+    return [page for page in found if any(block.language in ("console", "bash") for block in blocks(page.read_text()))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +267,12 @@ class Workshop:
     def outcomes(self, page: Path) -> list[Outcome]:
         """Of the commands of a page."""
         return self._run(page.resolve())[1]
+
+    def check(self, page: Path) -> None:
+        """Raises `AssertionError` if a command of a page does not print what is shown."""
+        faults = [outcome.fault for outcome in self.outcomes(page) if outcome.fault]
+        mend = f"python docs/tools/commands.py {page.relative_to(ROOT)} writes what is printed into the page"
+        assert not faults, "\n\n".join([*faults, mend])
 
     def left_by(self, page: Path) -> Path:
         """A folder with what the commands of a page have left."""
