@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import ray
 
+from miles_core.cli.main import main
 from miles_core.cluster.process import MemberProcess
 from miles_core.cluster.session import Member
 from miles_core.config.model import load_family
@@ -51,19 +52,35 @@ def resume(folder: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> l
     return _drive(plan, folder / "model", last, monkeypatch)
 
 
+def command(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
+    """`miles ARGS` with all that it prints; the exit code."""
+
+    async def drive(plan: Plan, *others: Any) -> None:
+        await driven(_prepared(plan, monkeypatch), *others)
+
+    driven = driver.drive
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "drive", drive)
+        return main(args)
+
+
 def _drive(
     plan: Plan, model: Path, resumed: checkpoint.Checkpoint | None, monkeypatch: pytest.MonkeyPatch
 ) -> list[Mapping[str, Any]]:
-    if plan.sync is not None:
-        plan = replace(plan, sync=Component(spec=_SYNC, plugin="test"))
+    plan = _prepared(plan, monkeypatch)
+    asyncio.run(driver.drive(plan, model, resumed, _Silence()))  # type: ignore[arg-type]
+    return [metrics for _, metrics in read_metrics(plan.folder) if "stage" in metrics]
+
+
+def _prepared(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """The plan as it can be driven here."""
     for component in filter(None, (plan.trainer, plan.engine)):
         resolve(component.spec.ref)  # two threads that import transformers at once trip over each other
     monkeypatch.setattr(driver, "Session", _Session)
     monkeypatch.setattr(collector, "Scorer", _Scorer)
     monkeypatch.setattr(ray, "put", lambda value: value)
     monkeypatch.setattr(MemberProcess, "_enter", lambda self: None)
-    asyncio.run(driver.drive(plan, model, resumed, _Silence()))  # type: ignore[arg-type]
-    return [metrics for _, metrics in read_metrics(plan.folder) if "stage" in metrics]
+    return plan if plan.sync is None else replace(plan, sync=Component(spec=_SYNC, plugin="test"))
 
 
 class _Actor:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import one_process
 import pytest
 from run_kit import RUN, Miles
 
@@ -122,17 +123,30 @@ def test_a_callback_that_raises_in_a_trainer_rank_ends_the_run_and_not_the_clust
     assert reason in log.read_text()
 
 
-def test_a_callback_that_raises_in_the_driver_ends_the_run_and_cannot_hide_why(miles: Miles) -> None:
-    ended = miles.run("train", "run.toml", probe={"raise": ["step_end", "run_failed"]})
-    assert (ended.code, ended.left_over) == (1, [])
+@pytest.fixture
+def here(miles: Miles, monkeypatch: pytest.MonkeyPatch) -> Miles:
+    """The folder is the current one, and the probe is installed in this process."""
+    monkeypatch.chdir(miles.folder)
+    monkeypatch.syspath_prepend(miles.folder / "site")
+    monkeypatch.delitem(sys.modules, "miles_probe", raising=False)
+    return miles
+
+
+def test_a_callback_that_raises_in_the_driver_ends_the_run_and_cannot_hide_why(
+    here: Miles, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in here.environment({"raise": ["step_end", "run_failed"]}).items():
+        monkeypatch.setenv(name, value)
+    assert one_process.command(monkeypatch, "train", "run.toml") == 1
+    ended = capfd.readouterr()
     trace, _, message = ended.err.rpartition("\nError: ")
     assert message == (
         "the callback hook step_end failed in the driver: ArithmeticError: the probe raises in step_end\n"
     )
     assert "in step_end\n" in trace
     assert "the callback hook run_failed failed in the driver" in ended.out
-    assert [note["hook"] for note in miles.notes("ended")] == ["run_failed", "run_end"]
-    assert miles.notes("ended")[0]["error"] == message.strip()
+    assert [note["hook"] for note in here.notes("ended")] == ["run_failed", "run_end"]
+    assert here.notes("ended")[0]["error"] == message.strip()
 
 
 def test_a_reward_that_always_raises_ends_the_run_with_its_traceback(miles: Miles) -> None:
@@ -145,11 +159,15 @@ def test_a_reward_that_always_raises_ends_the_run_with_its_traceback(miles: Mile
     assert 'raise LookupError("no such verifier")' in ended.err
 
 
-def test_bad_data_ends_the_run_before_it_begins_and_leaves_no_folder(miles: Miles) -> None:
-    with (miles.folder / "data.jsonl").open("a") as file:
+def test_bad_data_ends_the_run_before_it_begins_and_leaves_no_folder(
+    here: Miles, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with (here.folder / "data.jsonl").open("a") as file:
         file.write('{"prompt": "1 + 1 =", "answer": \n')
-    ended = miles.run("train", "run.toml")
-    assert (ended.code, ended.left_over) == (2, [])
-    assert ended.err.startswith("Error: data.jsonl:41: not JSON: ")
-    assert ended.err.count("\n") == 1
-    assert not (miles.folder / "runs/run").exists()
+    for name, value in here.environment({}).items():
+        monkeypatch.setenv(name, value)
+    assert one_process.command(monkeypatch, "train", "run.toml") == 2
+    _, _, message = capfd.readouterr().err.rpartition("Error: ")  # the collector's log stands before it here
+    assert message.startswith("data.jsonl:41: not JSON: ")
+    assert message.count("\n") == 1
+    assert not (here.folder / "runs/run").exists()
