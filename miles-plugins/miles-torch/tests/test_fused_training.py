@@ -100,6 +100,31 @@ def test_numbers_and_gradients_equal_those_of_the_models_own_forward(name: str) 
         assert (left.grad - right.grad).abs().max() <= TOLERANCE * right.grad.abs().max(), parameter
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_in_bfloat16_it_is_as_near_to_float32_as_a_model_in_bfloat16(name: str) -> None:
+    lean, exact = policies(name)
+    touched, half = policies(name)
+    lean.compute_in(torch.bfloat16)
+    touched.compute_in(torch.bfloat16)
+    touched.model.model.norm.register_forward_hook(lambda *_: None)
+    assert lean.lean
+    assert not touched.lean
+    for parameter in half.parameters():
+        parameter.data = parameter.data.bfloat16()
+    sides = exact, half, lean, touched
+    truth, plain, found, cast = [backward(side) for side in sides]
+    assert torch.equal(cast, plain)
+    assert (found - truth).norm() <= 1.5 * (plain - truth).norm()
+    truth, plain, found, cast = [
+        torch.cat([parameter.grad.flatten().float() for parameter in side.parameters() if parameter.grad is not None])
+        for side in sides
+    ]
+    assert {parameter.grad.dtype for parameter in lean.parameters() if parameter.grad is not None} == {torch.float32}
+    torch.testing.assert_close(cast, plain, atol=0, rtol=2**-7)  # a tied embedding's two gradients are added in float32
+    assert (found - truth).norm() <= 1.5 * (plain - truth).norm()
+    assert (plain - truth).norm() > 0
+
+
 def test_a_model_of_the_same_shape_with_other_arithmetic_runs_its_own_forward() -> None:
     assert FusedTraining.of(make_model("granite")) is not None
     assert Policy(make_model("granite"))._fused is None

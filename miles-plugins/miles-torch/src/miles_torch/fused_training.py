@@ -9,6 +9,9 @@ gradient by it, and in the last layer only the tokens that predict something go 
   own inverse, dx = dy c + h(dy s).
 - Gated unit: y = silu(a) b for the two halves a, b of x.
 
+It computes in float32, or in bfloat16 from float32 parameters, whose gradients autograd makes float32 again. What
+passes between operations is then bfloat16, the residual stream too, as in a model whose parameters are bfloat16.
+
 It calls no module of the model, so it is not for a model that somebody has hooked into or changed: see `untouched`.
 
 Shapes: N tokens of a packed row; T sources; H hidden; Hq, Hk heads of queries and keys; D head width; I intermediate.
@@ -33,10 +36,11 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        single = x.to(torch.promote_types(x.dtype, torch.float32))
+        length = torch.linalg.vector_norm(single, dim=-1, keepdim=True)
         scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        normed = x * scale
-        ctx.save_for_backward(normed, scale, weight)
+        normed, weight = (single * scale).to(x.dtype), weight.to(x.dtype)
+        ctx.save_for_backward(normed, scale.to(x.dtype), weight)
         out: Tensor = normed * weight
         return out
 
@@ -93,10 +97,10 @@ class Linears(torch.autograd.Function):
         count = len(parameters) // 2
         weights = [weight for weight in parameters[:count] if weight is not None]
         biases = [bias for bias in parameters[count:] if bias is not None]
-        whole = weights[0] if count == 1 else torch.cat(weights)
+        whole = (weights[0] if count == 1 else torch.cat(weights)).to(x.dtype)
         ctx.sizes, ctx.biased, ctx.added = [len(weight) for weight in weights], bool(biases), residual is not None
         ctx.save_for_backward(x, whole)
-        out = multiply(x, whole, torch.cat(biases) if biases else None)
+        out = multiply(x, whole, torch.cat(biases).to(x.dtype) if biases else None)
         return out if residual is None else out.add_(residual)
 
     @staticmethod
@@ -121,9 +125,10 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class FusedTraining:
-    """The body of a model that fits, as it was when this was made. model: float32, on the CPU."""
+    """A model that fits, as it was when this was made. model: float32, on the CPU. dtype: what it computes in."""
 
     def __init__(self, model: Any) -> None:
+        self.dtype = torch.float32
         self.body: Any = model.model
         attention = self.body.layers[0].self_attn
         self.width: int = attention.head_dim
@@ -140,16 +145,16 @@ class FusedTraining:
         return cls(model) if single and silu and fits(model) else None
 
     def untouched(self) -> bool:
-        """Whether the modules are the same ones, in float32 on the CPU, and nobody listens to them."""
+        """Whether the modules are the same ones, on the CPU, and nobody listens to them."""
         now = [(module, type(module)) for module in self.body.modules()]
         weight = self.body.norm.weight
-        if now != self._parts or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        if now != self._parts or weight.device.type != "cpu" or weight.dtype not in {torch.float32, self.dtype}:
             return False
         return not any("forward" in vars(module) or any(getattr(module, name) for name in _HOOKS) for module, _ in now)
 
     def __call__(self, tokens: Tensor, positions: Tensor, layout: Padded, sources: Tensor) -> Tensor:
-        """Hidden states after the tokens at `sources`, float32 [T, H]. tokens, positions: int64 [N]."""
-        hidden = F.embedding(tokens, self.body.embed_tokens.weight)
+        """Hidden states after the tokens at `sources`, [T, H]. tokens, positions: int64 [N]."""
+        hidden = F.embedding(tokens, self.body.embed_tokens.weight).to(self.dtype)
         cos, sin = self.body.rotary_emb(hidden, positions[None])
         low, high = sin[0].chunk(2, dim=-1)
         rotary = cos[0].unsqueeze(1), torch.cat((-low, high), dim=-1).unsqueeze(1)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -138,11 +139,13 @@ class Policy(nn.Module):
     transformers' attention interface; otherwise they run as rows padded at the end, which any causal model can do.
     On a CPU, common models run packed by a lean forward. Which of them gives the right numbers is found out by trying.
     Raises `UserError` if none does.
+    dtype: what it computes in from float32 parameters, unless sharding sees to that.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.dtype = torch.float32
         native = model.config._attn_implementation
         self.packed = True
         self._fused = FusedTraining.of(model)
@@ -177,22 +180,39 @@ class Policy(nn.Module):
         ]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]) if entropy else None
 
+    @property
+    def lean(self) -> bool:
+        """Whether the next forward is the lean one; a model that is hooked into or changed runs by its own modules."""
+        return self._fused is not None and self._fused.untouched()
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """From float32 parameters, without sharding."""
+        self.dtype = dtype
+        if self._fused is not None:
+            self._fused.dtype = dtype
+
     def _packed(self, micro: MicroBatch) -> tuple[Tensor, type]:
         """Hidden states that predict the trained tokens, [T, D], and the type of the body's output."""
-        if self._fused is not None and self._fused.untouched():
+        if self._fused is not None and self.lean:
             assert isinstance(micro.layout, attention_packed.Padded)
             return self._fused(
                 micro.tokens[0], micro.positions[0], micro.layout, micro.sources
             ), BaseModelOutputWithPast
-        output = self.model.base_model(
-            input_ids=micro.tokens, position_ids=micro.positions, use_cache=False, packed_layout=micro.layout
+        output = self._call(
+            self.model.base_model,
+            input_ids=micro.tokens,
+            position_ids=micro.positions,
+            use_cache=False,
+            packed_layout=micro.layout,
         )
         return output.last_hidden_state[0, micro.sources], type(output)
 
     def _padded(self, micro: MicroBatch) -> tuple[Tensor, type]:
         """The same from rows padded at the end; as the model is causal, the padding needs no mask."""
         assert isinstance(micro.layout, attention_packed.Padded)
-        outputs = [self.model.base_model(input_ids=micro.tokens[0, block.queries]) for block in micro.layout.blocks]
+        outputs = [
+            self._call(self.model.base_model, input_ids=micro.tokens[0, block.queries]) for block in micro.layout.blocks
+        ]
         hidden = torch.cat([output.last_hidden_state.flatten(0, 1) for output in outputs])
         return hidden[micro.layout.scatter[micro.sources]], type(outputs[0])
 
@@ -201,8 +221,15 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """From hidden states [T, D]. The model's own forward makes the logits, so soft caps and scales stay right."""
         with self._body(_Given(kind(last_hidden_state=hidden[None]))):
-            logits = self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+            logits = self._call(self.model, inputs_embeds=hidden[None], use_cache=False).logits[0]
         return token_logprobs(logits, targets, temperature=temperature, entropy=entropy)
+
+    def _call(self, module: nn.Module, **arguments: Any) -> Any:
+        """A module's own forward, in the type that is computed in."""
+        if self.dtype == torch.float32:
+            return module(**arguments)
+        cast = {name: parameter.to(self.dtype) for name, parameter in module.named_parameters()}
+        return functional_call(module, cast, kwargs=arguments)
 
     @contextmanager
     def _body(self, stand_in: nn.Module) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """The ranks of a trainer: joining them, sharding a model over them, and whole tensors from its shards.
 
-One rank in float32 needs none of this and stays a plain module. Otherwise FSDP2 shards every decoder layer, and the
-rest of the model as one more unit.
+One rank needs none of this in float32, nor in bfloat16 if the policy casts its parameters itself, and stays a plain
+module. Otherwise FSDP2 shards every decoder layer, and the rest of the model as one more unit.
 """
 
 from __future__ import annotations

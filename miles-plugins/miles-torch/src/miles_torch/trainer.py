@@ -3,9 +3,9 @@
 The objective of a mini-batch is exactly sum(weights * losses) over all its trained tokens, on whichever rank and in
 whichever micro-batch they run: gradients are summed, over micro-batches and over ranks, and never averaged.
 
-bfloat16 means that all computing is done in bfloat16 from float32 parameters, by FSDP2's mixed precision, on one rank
-too. Autocast would keep the residual stream in float32, which costs memory and moves the log-probabilities away from
-those of an engine that runs in bfloat16.
+bfloat16 means that all computing is done in bfloat16 from float32 parameters: by FSDP2's mixed precision, or where the
+lean forward runs, which casts them itself. Autocast would keep the residual stream in float32, which costs memory and
+moves the log-probabilities away from those of an engine that runs in bfloat16.
 
 Shapes: N tokens of a batch; T trained tokens of a micro-batch.
 """
@@ -74,8 +74,7 @@ class TorchTrainer:
         context, options = self.context, self.options
         torch.set_num_threads(context.threads)
         self._device = sharding.device_of(context)
-        sharded = context.world_size > 1 or options.dtype == "bfloat16"
-        if sharded:
+        if context.world_size > 1:
             sharding.join(context)
         model = load(context.model, context.seed)
         self._policy = self._network(model)
@@ -87,8 +86,13 @@ class TorchTrainer:
                 parameter.data = parameter.data.to(getattr(torch, options.dtype))  # what it computes in anyway
         if options.activation_checkpointing:
             checkpoint_activations(model)
+        half = options.dtype == "bfloat16"
+        casts = half and context.world_size == 1 and self._device.type == "cpu" and self._policy.lean
         for policy in filter(None, (self._policy, self._reference)):
-            if sharded:
+            if casts:
+                policy.compute_in(torch.bfloat16)
+            elif half or context.world_size > 1:
+                sharding.join(context)
                 sharding.shard(policy, options.dtype, self._device)
             policy.to(self._device)
 
