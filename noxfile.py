@@ -243,16 +243,17 @@ def try_template(session: nox.Session, programs: Path, kind: str, folder: Path) 
 
     def python(*arguments: str, at: Path = folder) -> None:
         command = [str(environment / "bin" / "python"), "-m", *arguments]
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": str(environment)}
+        # Its author has pytest alone, and not the workspace's plugins of it.
+        alone = {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "VIRTUAL_ENV": str(environment)}
         done = subprocess.run(  # noqa: S603 — the session itself cannot be in several folders
-            command, cwd=at, env=variables, check=False, capture_output=True, text=True
+            command, cwd=at, env={**os.environ, **alone}, check=False, capture_output=True, text=True
         )
         session.log(f"{name}: {' '.join(arguments)}\n{done.stdout}{done.stderr}")
         if done.returncode:
             session.error(f"{name}: {' '.join(arguments)} ended with {done.returncode}")
 
     python("miles_core", "plugins", "new", name, "--kind", kind, "--folder", str(folder), at=folder.parent)
-    python("pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", ".")
+    python("uv", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", ".")
     python("pytest", "-q")
     python("hatchling", "build")
     python("miles_core", "plugins", "check", name)

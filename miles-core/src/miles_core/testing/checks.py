@@ -26,6 +26,7 @@ from miles_core.errors import MissingExtraError, PluginError, UserError
 from miles_core.plugins import CORE, HEAVY, Plugin, one_line, options_of, resolve
 from miles_core.specs import CallbackSpec, CommandSpec, ModelSpec, RecipeSpec, Spec
 from miles_core.testing.kits import RecordRule, rules_of
+from miles_core.testing.lasting import lasting_imports
 from miles_core.testing.subject import SkippedError, Subject
 from miles_core.watchdog import TimeLimitError, time_limit
 
@@ -73,7 +74,7 @@ class Case:
         """Tries it. Whatever a plugin's code raises is a fault."""
         verdict = partial(Verdict, rule=self.rule, record=self.record)
         try:
-            with time_limit(LIMIT_S, self.rule.replace("_", " ")):
+            with lasting_imports(), time_limit(LIMIT_S, self.rule.replace("_", " ")):
                 found = tuple(self.faults())
             later = tuple(fault for fault in found if isinstance(fault, Later))
             return verdict(faults=tuple(fault for fault in found if fault not in later), warnings=later)

@@ -8,7 +8,9 @@ Shapes: P prompt tokens and R response tokens of one sequence; N tokens of a bat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,6 +86,23 @@ def save_model(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     _save_tokenizer(folder, model.config.get_text_config().vocab_size)
     return folder
+
+
+def model_folder(folder: Path) -> Path:
+    """The Hugging Face folder `folder`/model with `make_model()`."""
+    path = folder / "model"
+    if not path.exists():
+        path.mkdir()
+        for name, content in _files().items():
+            (path / name).write_bytes(content)
+    return path
+
+
+@cache
+def _files() -> Mapping[str, bytes]:
+    """Of that folder: nearly every rule needs one of its own, and transformers takes its time to write it."""
+    with TemporaryDirectory(prefix="miles-model-") as folder:
+        return {path.name: path.read_bytes() for path in save_model(make_model(), Path(folder)).iterdir()}
 
 
 def _save_tokenizer(folder: Path, size: int) -> None:

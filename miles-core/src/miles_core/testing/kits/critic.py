@@ -16,8 +16,8 @@ from miles_core.plugins import resolve
 from miles_core.roles import CriticInputs, LossOutputs
 from miles_core.sample import Batch
 from miles_core.specs import TrainerSpec
-from miles_core.testing.kits.training import TOLERANCE, model_folder, training_batch, training_stage, update_around_save
-from miles_core.testing.models import VOCABULARY, gpus_for, make_model, save_model, trainer_context
+from miles_core.testing.kits.training import TOLERANCE, training_batch, training_stage, update_around_save
+from miles_core.testing.models import VOCABULARY, gpus_for, make_model, model_folder, save_model, trainer_context
 from miles_core.testing.subject import Subject, skip
 
 

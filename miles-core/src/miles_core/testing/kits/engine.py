@@ -18,8 +18,8 @@ from miles_core.testing.models import (
     engine_context,
     gpus_for,
     make_model,
+    model_folder,
     response_logprobs,
-    save_model,
     weights_of,
 )
 from miles_core.testing.subject import Subject, skip
@@ -31,10 +31,11 @@ LONG = 256
 
 def gives_the_logprobs_of_the_model(subject: Subject[EngineSpec]) -> Iterator[str]:
     """Log-probabilities of generated tokens are transformers' own, at the temperature, before top-k and top-p."""
+    model = make_model()
     for temperature, top_k, top_p in ((1.0, 0, 1.0), (0.7, 20, 0.9)):
         requests = _requests(max_new_tokens=12, temperature=temperature, top_k=top_k, top_p=top_p)
         for request, completion in _pairs(requests, _generate(subject, requests)):
-            expected = response_logprobs(make_model(), request.tokens, completion.tokens, temperature)
+            expected = response_logprobs(model, request.tokens, completion.tokens, temperature)
             apart = float(np.abs(completion.logprobs - expected.numpy()).max(initial=0))
             if apart > TOLERANCE:
                 yield f"request {request.id}: a log-probability differs by {apart:.3g} at temperature {temperature}"
@@ -166,10 +167,11 @@ def scores_given_tokens(subject: Subject[EngineSpec]) -> Iterator[str]:
             answers: list[Scores] = await engine.score(requests)
             return answers
 
+    model = make_model()
     for number, (request, scores) in enumerate(zip(requests, asyncio.run(score()), strict=True)):
         tokens = torch.from_numpy(request.tokens.astype(np.int64))
         with torch.no_grad():
-            logits = make_model()(tokens[None]).logits[0, request.first - 1 : -1]
+            logits = model(tokens[None]).logits[0, request.first - 1 : -1]
         table = (logits / request.temperature).log_softmax(-1)
         picked = table.gather(1, torch.from_numpy(scores.top_tokens.astype(np.int64)))
         expected = {
@@ -199,18 +201,14 @@ def _with_engine(subject: Subject[EngineSpec], use: Callable[[Any], Awaitable[An
 
 @asynccontextmanager
 async def _running(subject: Subject[EngineSpec], *, frozen: bool = False) -> AsyncIterator[Any]:
-    gpus = gpus_for(subject.spec.devices)
-    folder = subject.folder / "model"
-    model = make_model()
-    if not folder.exists():
-        save_model(model, folder)
-    context = engine_context(folder, gpus, folder=subject.folder, max_tokens=LONG + 32, frozen=frozen)
+    gpus, model = gpus_for(subject.spec.devices), model_folder(subject.folder)
+    context = engine_context(model, gpus, folder=subject.folder, max_tokens=LONG + 32, frozen=frozen)
     engine = subject.make(context)
     await engine.start()
     try:
         if not frozen:
             await engine.pause(min(subject.spec.pause_modes))
-            await asyncio.to_thread(_load, engine, model)
+            await asyncio.to_thread(_load, engine, make_model())
             engine.set_version(0)
             await engine.resume()
         yield engine

@@ -19,7 +19,6 @@ from miles_core.specs import TrainerSpec
 from miles_core.testing.kits import critic
 from miles_core.testing.kits.training import (
     TOLERANCE,
-    model_folder,
     training_batch,
     training_stage,
     unpacked,
@@ -32,6 +31,7 @@ from miles_core.testing.models import (
     batch_top_logprobs,
     gpus_for,
     make_model,
+    model_folder,
     trainer_context,
     weights_of,
 )

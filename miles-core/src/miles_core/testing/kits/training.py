@@ -14,7 +14,7 @@ import numpy as np
 from miles_core.roles import Bucket, LossInputs, LossOutputs, TrainStage
 from miles_core.sample import Batch
 from miles_core.testing.fakes import make_batch
-from miles_core.testing.models import VOCABULARY, make_model, save_model
+from miles_core.testing.models import VOCABULARY
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,13 +69,6 @@ def update_around_save(trained: Any, first: Batch, second: Batch, folder: Path) 
     trained.update(second, 1, 1)
     if written is not None:
         written(True)
-
-
-def model_folder(folder: Path) -> Path:
-    """The tiny model as a Hugging Face folder below `folder`."""
-    if not (folder / "model").exists():
-        save_model(make_model(), folder / "model")
-    return folder / "model"
 
 
 def unpacked(buckets: Iterable[Bucket]) -> dict[str, Tensor]:
