@@ -26,16 +26,45 @@ def miles(tmp_path: Path) -> Miles:
     return made
 
 
-def lose_the_server_after_step_one(miles: Miles, *changes: str) -> None:
-    """A whole run, which loses its only server on the way."""
+DEADLY = """
+import itertools, os, signal
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+buckets = itertools.count(1)
+
+
+def register():
+    for method in ("_update_weights_from_flattened_bucket", "_update_bucketed_weights_from_distributed"):
+        HookRegistry.register(f"{UPDATER}.{method}", die, HookType.BEFORE)
+
+
+def die(*args, **named):
+    order = os.path.join(os.environ["MILES_PROBE_FOLDER"], "die")
+    if next(buckets) == 2 and os.path.exists(order):
+        os.unlink(order)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+"""
+"""A plugin of SGLang's own: a server dies when its second transfer reaches it, if it shall."""
+
+
+def lose_two_servers(miles: Miles, *changes: str) -> None:
+    """A whole run, which loses its only server after a step, and the next one while weights arrive."""
+    info = miles.folder / "site" / "sglang_deadly-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang-deadly\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\ndeadly = sglang_deadly:register\n")
+    (miles.folder / "site" / "sglang_deadly.py").write_text(DEADLY)
     process = miles.start("train", "sglang.toml", *changes, probe={"pause_step": 1})
     miles.wait_for_note("paused", process, step=1)
     os.kill(next(pid for pid, command in miles.pids().items() if "miles_sglang.serve" in command), signal.SIGKILL)
+    (miles.folder / "die").touch()  # the second transfer of the next server is that of step 2
     miles.go_on(1)
     ended = miles.end(process)
     assert (ended.code, ended.err, ended.left_over) == (0, "", [])
-    assert "engine 0: the SGLang server ended with exit code -9 (log: " in ended.out
-    assert ended.out.count("starting engine 0 again") == 1
+    assert ended.out.count("engine 0: the SGLang server ended with exit code -9 (log: ") == 2
+    assert ended.out.count("starting engine 0 again") == 2
+    assert not (miles.folder / "die").exists()
 
 
 def mismatch(miles: Miles, name: str) -> list[float]:
@@ -43,8 +72,8 @@ def mismatch(miles: Miles, name: str) -> list[float]:
     return [line["mismatch/logprob_abs_max"] for line in miles.metrics(name) if "loss" in line]
 
 
-def test_a_run_trains_publishes_outlives_its_server_and_leaves_nothing_behind(miles: Miles) -> None:
-    lose_the_server_after_step_one(miles, "name=whole", "schedule.steps=3", "publish.mode=in-place")
+def test_a_run_trains_publishes_outlives_its_servers_and_leaves_nothing_behind(miles: Miles) -> None:
+    lose_two_servers(miles, "name=whole", "schedule.steps=3", "publish.mode=in-place")
     assert len(worst := mismatch(miles, "whole")) == 3
     assert max(worst) < 1e-4
     counted = [line for line in miles.metrics("whole") if "loss" in line]
@@ -57,12 +86,12 @@ def test_a_run_trains_publishes_outlives_its_server_and_leaves_nothing_behind(mi
     assert log.read_text().count("max_running_requests=8") >= 2
 
 
-def test_colocated_a_server_sleeps_while_megatron_trains_and_reads_its_weights_and_so_does_another_after_its_end(
+def test_colocated_a_server_sleeps_while_megatron_trains_and_reads_its_weights_and_so_do_others_after_its_end(
     miles: Miles,
 ) -> None:
     colocated = ("placement.layout=colocated", "publish.verify=checksum")
     megatron = ("trainer.name=megatron", "trainer.optimizer={lr=3e-3}")
-    lose_the_server_after_step_one(miles, "name=turns", "schedule.steps=2", *colocated, *megatron)
+    lose_two_servers(miles, "name=turns", "schedule.steps=2", *colocated, *megatron)
     assert [line["seconds/turns"] > 0 for line in miles.metrics("turns") if "loss" in line] == [True, True]
     assert max(mismatch(miles, "turns")) < 1e-4
     (log,) = (miles.folder / "runs" / "turns").rglob("sglang-0.log")

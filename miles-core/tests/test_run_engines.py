@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from miles_core.cluster.members import EngineMember
+from miles_core.cluster.members import EngineMember, TrainerMember
 from miles_core.cluster.session import Member, MemberDiedError
 from miles_core.errors import RunError, UserError
 from miles_core.roles import Measures
 from miles_core.run.engines import RunEngines
+from miles_core.run.turns import Turns
 
 COLLECTOR = Member("collector", None, Path("log"))
 
@@ -64,6 +65,10 @@ def engines_of(cluster: Any, count: int = 2, layout: str = "disaggregated", gpus
     return engines, said
 
 
+def turns_of(cluster: Any) -> Turns:
+    return Turns(cluster, sleeps=False)
+
+
 def processes(engines: RunEngines) -> list[str]:
     return [f"{member.name}: {member.actor}" for member in engines.members]
 
@@ -72,7 +77,7 @@ def test_while_none_has_failed_nothing_happens() -> None:
     cluster = Cluster()
     engines, said = engines_of(cluster)
     members = engines.members
-    assert asyncio.run(engines.mend(COLLECTOR, 1)) is False
+    assert asyncio.run(engines.mend(COLLECTOR, 1, turns_of(cluster))) is False
     assert (engines.members, said, cluster.left, cluster.notes) == (members, [], [], [])
     assert processes(engines) == ["engine 0: process 1", "engine 1: process 2"]
 
@@ -82,7 +87,7 @@ def test_one_that_has_failed_is_started_again_in_its_place_and_the_collector_hea
     engines, said = engines_of(cluster)
     members = engines.members
     cluster.dead_members = {"engine 0"}
-    assert asyncio.run(engines.mend(COLLECTOR, 1)) is True
+    assert asyncio.run(engines.mend(COLLECTOR, 1, turns_of(cluster))) is True
     assert processes(engines) == ["engine 0: process 3", "engine 1: process 2"]
     assert engines.members is members
     assert [member.actor for member in cluster.left] == ["process 1"]
@@ -101,7 +106,7 @@ def test_one_that_does_not_start_again_is_done_without() -> None:
     cluster = Cluster()
     engines, said = engines_of(cluster)
     cluster.dead_members, cluster.sick = {"engine 0"}, {"engine 0"}
-    assert asyncio.run(engines.mend(COLLECTOR, 1)) is True
+    assert asyncio.run(engines.mend(COLLECTOR, 1, turns_of(cluster))) is True
     assert processes(engines) == ["engine 1: process 2"]
     assert [member.actor for member in cluster.left] == ["process 1", "process 3"]
     assert said[1] == "engine 0 does not start\ngoing on with 1 of 2 engines"
@@ -114,7 +119,7 @@ def test_one_that_fails_twice_in_a_step_is_not_started_a_third_time() -> None:
     engines, said = engines_of(cluster)
     for step, left in ((1, 2), (2, 2), (2, 1)):
         cluster.dead_members = {"engine 1"}
-        assert asyncio.run(engines.mend(COLLECTOR, step)) is True
+        assert asyncio.run(engines.mend(COLLECTOR, step, turns_of(cluster))) is True
         assert len(engines.members) == left
     assert cluster.spawned == 4
     assert said[-1] == "engine 1 died\ngoing on with 1 of 2 engines"
@@ -128,7 +133,7 @@ def test_the_run_ends_with_the_reason_when_none_is_left_or_when_it_has_gpus_of_t
     engines, _ = engines_of(cluster, count, layout)
     cluster.dead_members, cluster.sick = {"engine 0"}, {"engine 0"}
     with pytest.raises(UserError, match="engine 0 does not start"):
-        asyncio.run(engines.mend(COLLECTOR, 1))
+        asyncio.run(engines.mend(COLLECTOR, 1, turns_of(cluster)))
 
 
 def test_one_that_shares_gpus_with_the_trainer_sees_them_again() -> None:
@@ -138,8 +143,84 @@ def test_one_that_shares_gpus_with_the_trainer_sees_them_again() -> None:
     asyncio.run(engines.share_gpus(trainers))
     assert cluster.notes == [("engine 0", "see", "0,1"), ("engine 1", "see", "2,3")]
     cluster.dead_members = {"engine 1"}
-    asyncio.run(engines.mend(COLLECTOR, 1))
+    asyncio.run(engines.mend(COLLECTOR, 1, turns_of(cluster)))
     assert cluster.notes[2:4] == [("engine 1", "see", "2,3"), ("engine 1", "enter")]
+
+
+def test_one_that_takes_turns_is_started_while_the_trainer_sleeps_and_then_sleeps_itself() -> None:
+    async def run() -> None:
+        cluster = Turning()
+        engines, _ = engines_of(cluster, 2, "colocated")
+        session: Any = cluster
+        turns = Turns(session, sleeps=True)
+        await turns.begin([Member("trainer 0", None, Path("log"))], engines.members)
+        for generating in (False, True):
+            if generating:
+                await turns.generate(nothing)
+            cluster.notes.clear()
+            cluster.dead_members = {"engine 1"}
+            assert await engines.mend(COLLECTOR, 1 + generating, turns)
+            done = [note[:2] for note in cluster.notes if note[0] != "collector"]
+            start = [("engine 1", "enter"), ("engine 1", "start")]
+            asleep = [("engine 0", "sleep"), ("engine 1", "sleep")]
+            assert done == (start if generating else [("trainer 0", "sleep"), *start, *asleep, ("trainer 0", "wake")])
+
+    asyncio.run(run())
+
+
+async def nothing() -> None: ...
+
+
+class Turning(Cluster):
+    """In which members note that they take turns."""
+
+    async def ask_all(self, members: Sequence[Member], method: str, *args: Any) -> list[str]:
+        self.notes += [(member.name, method, *args) for member in members]
+        return ["" for _ in members]
+
+
+def test_what_breaks_off_leaves_the_meeting_on_both_sides_and_the_engine_waits_for_whole_weights() -> None:
+    """And the buckets are gone through, because other ranks of the trainer go through theirs."""
+    done: list[Any] = []
+
+    class End:
+        """A sender and a receiver of which nothing comes."""
+
+        def send(self, buckets: Iterator[int]) -> None:
+            done.append(next(buckets))
+            raise RunError("the transfer broke off")
+
+        def receive(self, load: Any) -> None:
+            raise RunError("the transfer broke off")
+
+        def close(self) -> None:
+            done.append("closed")
+
+    class Engine:
+        load = None
+
+        async def pause(self, mode: str) -> None:
+            done.append(f"pause {mode}")
+
+    plan: Any = SimpleNamespace(
+        publish=SimpleNamespace(mode="drain"), cluster=SimpleNamespace(deadline_s=60.0), trainer=SimpleNamespace()
+    )
+    trainer = TrainerMember("trainer 0", Path("log"), plan, 0, ())
+    trainer.sender, trainer.contexts = End(), {"policy": SimpleNamespace()}  # type: ignore[dict-item]
+    trainer.parts = {"policy": SimpleNamespace(export=lambda: (done.append(number) or number for number in range(3)))}
+    with pytest.raises(RunError, match="broke off"):
+        trainer.publish(1)
+    assert done == [0, 0, "closed", 1, 2]
+    done.clear()
+
+    async def run() -> None:
+        engine = EngineMember("engine 0", Path("log"), plan, 0, Path("model"))
+        engine.changing, engine.engine, engine.receiver = asyncio.Lock(), Engine(), End()
+        with pytest.raises(RunError, match="broke off"):
+            await engine.receive(1)
+
+    asyncio.run(run())
+    assert done == ["pause drain", "closed"]
 
 
 def test_an_engine_may_measure_or_not() -> None:

@@ -118,9 +118,15 @@ class TrainerMember(MemberProcess):
         self.sender.connect()
 
     def publish(self, version: int) -> None:
-        """Sends the weights; returns when every engine has them."""
-        context = self.contexts["policy"]
-        self.sender.send(self.parts["policy"].export())
+        """Sends the weights; returns when every engine has them. If it fails, the meeting is over."""
+        context, buckets = self.contexts["policy"], self.parts["policy"].export()
+        try:
+            self.sender.send(buckets)
+        except RunError:
+            self.sender.close()  # whoever still waits for this rank hears of it
+            for _ in buckets:  # other ranks go on with what is a collective
+                pass
+            raise
         context.hooks.weights_published(context=context, version=version)
 
     def logprobs(self, batch: Batch, which: Literal["policy", "reference"], step: int) -> Any:
@@ -229,7 +235,7 @@ class EngineMember(MemberProcess):
 
     async def start(self) -> None:
         """Builds the engine and brings it up."""
-        plan = self.plan
+        plan, self.changing = self.plan, asyncio.Lock()
         assert plan.engine is not None
         assert plan.engine_section is not None
         self.context = EngineContext(
@@ -258,32 +264,45 @@ class EngineMember(MemberProcess):
         self, address: str, gone: frozenset[int], engines: int, layout: Sequence[BucketLayout]
     ) -> None:
         """Meets the trainer, again if engines have changed."""
-        if self.receiver is not None:
-            await asyncio.to_thread(self.receiver.close)
+        await self._part()
         context = dataclasses.replace(self.context, gone=gone)
         assert self.plan.sync is not None
         self.receiver = resolve(self.plan.sync.spec.receiver)(context, engines, address, layout)
         await asyncio.to_thread(self.receiver.connect)
 
     async def receive(self, version: int) -> None:
-        """Receives the weights of `version` while generation is paused, or while only weights are awake."""
+        """Receives the weights of `version` while generation is paused, or while only weights are awake. If it fails,
+        the meeting is over, and nothing generates until other weights have come whole."""
         mode: PauseMode = self.plan.publish.mode
-        if not self.asleep:
-            await self.engine.pause(mode)
-        await asyncio.to_thread(self.receiver.receive, self.engine.load)
-        self.engine.set_version(version)
-        if not self.asleep:
-            await self.engine.resume()
+        async with self.changing:
+            if not self.asleep:
+                await self.engine.pause(mode)
+            try:
+                await asyncio.to_thread(self.receiver.receive, self.engine.load)
+            except RunError:
+                await self._part()
+                raise
+            self.engine.set_version(version)
+            if not self.asleep:
+                await self.engine.resume()
+
+    async def _part(self) -> None:
+        """Leaves the meeting with the trainer."""
+        if self.receiver is not None:
+            receiver, self.receiver = self.receiver, None
+            await asyncio.to_thread(receiver.close)
 
     async def sleep(self) -> None:
-        """Gives its GPU memory back when nothing generates any more; later requests wait."""
-        await self.engine.sleep()
-        self.asleep = True
+        """Gives its GPU memory back when nothing generates any more; later requests wait. Once is enough."""
+        async with self.changing:
+            await self.engine.sleep()
+            self.asleep = True
 
     async def wake(self, part: Literal["weights", "all"]) -> None:
         """Ends a sleep, or only so far that it can receive weights."""
-        await self.engine.wake(part)
-        self.asleep = part != "all"
+        async with self.changing:
+            await self.engine.wake(part)
+            self.asleep = part != "all"
 
     async def submit(self, requests: Sequence[Request]) -> None:
         """Requests that enter the engine together."""

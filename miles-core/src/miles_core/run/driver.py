@@ -10,7 +10,7 @@ import contextlib
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -362,7 +362,7 @@ class Run:
         await self._generating(new=True)
 
     async def _send(self) -> None:
-        """The weights of this step to all engines."""
+        """The weights of this step to all engines. If one fails meanwhile, none has them for certain."""
         if not self.engines.members:
             return
         if not self.plan.placement.takes_turns:
@@ -377,7 +377,7 @@ class Run:
 
     async def _mend(self) -> bool:
         """Starts engines again that have failed, and has the trainer meet them. Whether there were any."""
-        if not self.engines.members or not await self.engines.mend(self.collector, self.step):
+        if not self.engines.members or not await self.engines.mend(self.collector, self.step, self.turns):
             return False
         await self._connect()
         return True
@@ -387,14 +387,25 @@ class Run:
         if not self.turns.training:
             await self._mend()
         with self._timed("turns"):
-            await self.turns.train()
+            await self._mending(self.turns.train)
 
     async def _generating(self, *, new: bool = False) -> None:
         """What comes next is for the engines. new: they have not had the weights of this step."""
         publishing = self.seconds["publish"]
         with self._timed("turns"):
-            await self.turns.generate(self._send, new=new)
+            await self._mending(partial(self.turns.generate, self._send, new=new))
         self.seconds["turns"] -= self.seconds["publish"] - publishing
+
+    async def _mending(self, change: Callable[[], Awaitable[None]]) -> None:
+        """A change of turns; from its beginning, with all weights, after engines have failed on the way. They fail once
+        a step, so this comes to an end."""
+        while True:
+            try:
+                await change()
+                return
+            except RunError:
+                if not await self._mend():
+                    raise
 
     async def step_end(self, report: Report) -> None:
         """Metrics to trackers, callbacks and the terminal; then an evaluation and a checkpoint if they are due."""

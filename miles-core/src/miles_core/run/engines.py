@@ -15,6 +15,7 @@ from miles_core.cluster.session import Call, Member, Session
 from miles_core.config.schema import Plan
 from miles_core.errors import RunError, UserError
 from miles_core.roles import BucketLayout
+from miles_core.run.turns import Turns
 
 
 class RunEngines:
@@ -53,16 +54,25 @@ class RunEngines:
         asked = address, frozenset(self._gone), len(self.members), layout
         return [(engine, "connect_sync", asked) for engine in self.members]
 
-    async def mend(self, collector: Member, step: int) -> bool:
+    async def mend(self, collector: Member, step: int, turns: Turns) -> bool:
         """Starts engines again that have failed. Whether there were any: then the trainer has to meet all of them.
 
         One that does not start, or fails twice in a step, is done without, as long as another is left, and unless it is
         colocated: it has GPUs of the trainer then, which no other serves. Raises why it failed, if it cannot be.
         """
         lost = await self._session.ask(collector, "go_without", await self._session.dead(self.members))
-        count, failed = len(self.members), [engine for engine in self.members if engine.name in lost]
+        failed = [engine for engine in self.members if engine.name in lost]
         if not failed:
             return False
+        await turns.make_room()
+        await self._replace(failed, lost, collector, step)
+        await turns.settle()
+        return True
+
+    async def _replace(
+        self, failed: Sequence[Member], lost: Mapping[str, BaseException], collector: Member, step: int
+    ) -> None:
+        count = len(self.members)
         made = await asyncio.gather(*(self._again(engine, lost, step) for engine in failed))
         for engine, new in zip(failed, made, strict=True):
             if isinstance(new, Member):
@@ -76,7 +86,6 @@ class RunEngines:
             self._say("\n".join([*map(str, errors), f"going on with {len(self.members)} of {count} engines"]))
         back = [(new.name, new.actor, new.log) for new in made if isinstance(new, Member)]
         await self._session.ask(collector, "come_back", back)
-        return True
 
     async def _again(self, engine: Member, lost: Mapping[str, BaseException], step: int) -> Member | BaseException:
         """Another in its place, or why there is none."""

@@ -6,6 +6,9 @@ the rest of the engines wakes, which is the largest part: their cache. So no mor
 the weights is ever there beside each other.
 
 A sleeping engine keeps no weights, so they are loaded again at every change of turns, also for a checkpoint.
+
+An engine can be started only while the trainer sleeps. So for one that failed in the trainer's turn, or while its
+weights arrived, the trainer goes to sleep, and its turn goes on once the new engine sleeps too.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ class Turns:
         self._trainers: Sequence[Member] = ()
         self._engines: Sequence[Member] = ()
         self._training = True
+        self._awake = True  # the trainer
 
     @property
     def training(self) -> bool:
@@ -41,9 +45,17 @@ class Turns:
     async def train(self) -> None:
         """The trainer's turn from now on."""
         if self._sleeps and not self._training:
-            await self._session.ask_all(self._engines, "sleep")
-            await self._session.ask_all(self._trainers, "wake")
+            await self._to_trainer()
         self._training = True
+
+    async def _to_trainer(self) -> None:
+        await self._session.ask_all(self._engines, "sleep")
+        await self._session.ask_all(self._trainers, "wake")
+        self._awake = True
+
+    async def _sleep_trainer(self) -> None:
+        await self._session.ask_all(self._trainers, "sleep")
+        self._awake = False
 
     async def generate(self, publish: Publish, *, new: bool = False) -> None:
         """The engines' turn from now on, with the weights that `publish` sends; new: they have not had them yet."""
@@ -53,6 +65,16 @@ class Turns:
         if changes or new:
             await publish()
         if changes:
-            await self._session.ask_all(self._trainers, "sleep")
+            await self._sleep_trainer()
             await self._session.ask_all(self._engines, "wake", "all")
         self._training = False
+
+    async def make_room(self) -> None:
+        """Engines can be started. What had begun of a change of turns is given up; `settle` comes next."""
+        if self._sleeps and self._awake:
+            await self._sleep_trainer()
+
+    async def settle(self) -> None:
+        """All engines have started: back to whose turn it is."""
+        if self._sleeps and self._training:
+            await self._to_trainer()

@@ -389,7 +389,8 @@ class SglangEngine:
         """Waits for what generates, then gives GPU memory back, that of the weights too, which are lost."""
         await self.pause("drain")
         await self._idle()
-        await self._post("release_memory_occupation", {"tags": MEMORY})
+        if waking := [tag for tag in MEMORY if tag not in self._asleep]:
+            await self._post("release_memory_occupation", {"tags": waking})
         self._asleep = MEMORY
 
     async def _idle(self) -> None:
@@ -402,8 +403,8 @@ class SglangEngine:
 
     async def wake(self, part: Literal["weights", "all"] = "all") -> None:
         """Ends a sleep; with "weights" only so far that they can be loaded."""
-        waking = [tag for tag in self._asleep if part in ("all", tag)]
-        await self._post("resume_memory_occupation", {"tags": waking})
+        if waking := [tag for tag in self._asleep if part in ("all", tag)]:
+            await self._post("resume_memory_occupation", {"tags": waking})
         self._asleep = [tag for tag in self._asleep if tag not in waking]
         if not self._asleep:
             await self.resume()

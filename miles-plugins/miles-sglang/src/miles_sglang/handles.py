@@ -40,6 +40,8 @@ from miles_torch.checksum import checksum
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LOST = b"lost"
+"""Instead of the word that a bucket is loaded: it will not be."""
 _DEVICE = 6
 """The place of the device among the arguments with which PyTorch opens CUDA memory of another process."""
 
@@ -145,24 +147,38 @@ class Sender:
         self._wait(f"engine {context.rank * self._engines // context.world_size}")
 
     def send(self, buckets: Iterator[Bucket]) -> None:
-        """Hands over all buckets, and returns when this rank's server has loaded them."""
+        """Hands over all buckets, and returns when this rank's server has loaded them. If that fails, this rank still
+        does its part for the servers of others."""
         self._transfers += 1
+        lost: RunError | None = None
         with contextlib.ExitStack() as held:
             for number, bucket in enumerate(buckets):
                 flat = self._whole(bucket, number)
-                raw = flat.view(torch.uint8)
-                handle: Handle = GpuHandle(raw) if raw.is_cuda else HostHandle(raw)
-                said = checksum(raw, bucket.names, bucket.shapes, flat.dtype) if self._context.verify else "-"
-                payload = base64.b64encode(parcel(bucket, flat.dtype, handle)).decode()
-                self._store.set(self._key("handle", number), f"{said} {payload}")
-                del bucket, flat, raw
-                with held.pop_all():  # the one before, which has been read meanwhile
-                    held.callback(handle.close)
-                    if number:
-                        self._loaded(number - 1)
-            self._loaded(number)
+                if lost is not None:
+                    continue
+                handle = self._hand_over(bucket, flat, number)
+                del bucket, flat
+                try:
+                    with held.pop_all():  # the one before, which has been read meanwhile
+                        held.callback(handle.close)
+                        if number:
+                            self._loaded(number - 1)
+                except RunError as error:
+                    lost = error
+            if lost is None:
+                self._loaded(number)
         if self._context.gpus:
             ipc_collect()  # type: ignore[no-untyped-call]
+        if lost is not None:
+            raise lost
+
+    def _hand_over(self, bucket: Bucket, flat: Tensor, number: int) -> Handle:
+        raw = flat.view(torch.uint8)
+        handle: Handle = GpuHandle(raw) if raw.is_cuda else HostHandle(raw)
+        said = checksum(raw, bucket.names, bucket.shapes, flat.dtype) if self._context.verify else "-"
+        payload = base64.b64encode(parcel(bucket, flat.dtype, handle)).decode()
+        self._store.set(self._key("handle", number), f"{said} {payload}")
+        return handle
 
     def _whole(self, bucket: Bucket, number: int) -> Tensor:
         """A bucket's tensors end to end, which rank 0 has, on every rank."""
@@ -183,6 +199,8 @@ class Sender:
         """Waits until the bucket is loaded."""
         key = self._key("loaded", number)
         self._wait(key)
+        if self._store.get(key) == _LOST:
+            raise RunError(f"weight sync: the server of the trainer's rank {self._context.rank} has not loaded all")
         self._store.delete_key(key)
 
     def _key(self, word: str, number: int) -> str:
@@ -222,6 +240,15 @@ class Receiver:
     def receive(self, load: Callable[[Sequence[str], Sequence[Tensor]], None]) -> None:
         """Has the server load all buckets of one transfer. It hears of one more while it loads one."""
         self._transfers += 1
+        try:
+            self._receive()
+        except RunError:  # the trainer need not wait for what will not come
+            for number in range(len(self._layout)):
+                for key in self._keys(number):
+                    self._store.set(f"loaded {key}", _LOST.decode())
+            raise
+
+    def _receive(self) -> None:
         asked: deque[tuple[int, str, Future[str]]] = deque()
         with ThreadPoolExecutor(2) as pool:
             for number in range(len(self._layout)):

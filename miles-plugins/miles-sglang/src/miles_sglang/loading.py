@@ -60,7 +60,10 @@ def _from_broadcast(
         parts.append(Part(name, tuple(shape), dtype, place))
         place += math.prod(shape) * dtype.itemsize
     flat = torch.empty(place, dtype=torch.uint8, device=updater.device)
-    dist.broadcast(flat, src=0, group=updater._model_update_group[group_name])
+    try:
+        dist.broadcast(flat, src=0, group=updater._model_update_group[group_name])
+    except RuntimeError as error:  # another member has gone; the server goes on without these weights
+        return False, f"the transfer broke off: {error}"
     return _load(updater, flat, parts)
 
 

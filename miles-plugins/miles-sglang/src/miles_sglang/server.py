@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -223,6 +224,10 @@ def beside(context: EngineContext) -> Server:
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    """Below those that systems give to whoever asks for any, because the server takes it only after its imports."""
+    draw = random.SystemRandom()
+    for _ in range(100):
+        port = draw.randrange(15000, 32000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise RunError("no free port on 127.0.0.1 for a server of SGLang")
