@@ -106,8 +106,15 @@ def describe(config: Mapping[str, Any]) -> str:
 
 
 def check_divides(
-    options: TrainerOptions, config: Mapping[str, Any], description: Any, world_size: int, policy: TrainerOptions | None
+    options: TrainerOptions,
+    config: Mapping[str, Any],
+    description: Any,
+    world_size: int,
+    policy: TrainerOptions | None,
+    folder: Path | None,
 ) -> None:
+    if folder is not None:
+        raise ValueError(f"{folder} holds what no trainer can read")
     if policy is not None and policy.dtype != options.dtype:
         raise ValueError(f"dtype is {options.dtype}, but the policy's on the same ranks is {policy.dtype}")
     layers = int(str(description).partition(" ")[0])
@@ -705,6 +712,18 @@ def test_a_trainer_refuses_what_only_it_knows_and_a_family_what_it_cannot_descri
     assert refusal(RUN, "trainer.name=dividing", plugins=catalog(_plugin("fake-iron", trainer, sync))) == (
         "run.toml:8: model family 'tiny' does not describe itself for 'iron', which trainer 'dividing' needs; "
         "families that do: none"
+    )
+
+
+def test_what_a_trainer_refuses_of_the_models_folder_is_said_where_the_folder_is_named() -> None:
+    trainer = TrainerSpec(
+        **_said("dividing", options="fake_options:TrainerOptions"), check="fake_options:check_divides"
+    )
+    sync = WeightSyncSpec(**_said("dividing-sync"), trainer="dividing", engine="quick", receiver="nowhere:receiver")
+    able = catalog(_plugin("fake-iron", trainer, sync))
+    model_folder("tokenizer.json", architectures=["TinyForCausalLM"])
+    assert refusal(FOLDER_RUN, "trainer.name=dividing", plugins=able) == (
+        "run.toml:8: model folder model holds what no trainer can read"
     )
 
 

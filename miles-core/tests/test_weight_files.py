@@ -10,7 +10,7 @@ import pytest
 
 from miles_core.config.model import folder_config
 from miles_core.errors import UserError
-from miles_core.run.weight_files import check_weights, tensors
+from miles_core.run.weight_files import check_tensors, check_weights, tensors
 
 torch = pytest.importorskip("torch")
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -61,6 +61,29 @@ def test_damaged_files_are_refused(folder: Path, damage: Callable[[Path], object
     damage(folder)
     with pytest.raises(UserError, match=error):
         check_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("expected", "ignored", "error"),
+    [
+        ({"a": (300,), "b": None, "c": (0,)}, [], ""),
+        ({"a": (300,)}, ["b", "x|c"], ""),
+        ({"a": (300,), "b": (2, 3), "c": (0,), "e": (1,), "d": None}, [], " lacks the tensor d and 1 more, which the "),
+        ({"a": (300,)}, ["b", "."], ""),
+        ({"bb": (300,)}, ["a", "b", "c"], " lacks the tensor bb, which the model's config.json asks for"),
+        ({"b": (2, 3)}, ["aa"], " holds the tensor a and 1 more, which the model's config.json does not know"),
+        ({"a": (300,), "b": (3, 2)}, ["c"], f"/{FIRST}: b has shape (2, 3), but the model's config.json makes it (3, "),
+    ],
+)
+def test_other_tensors_than_those_of_the_model_are_refused(
+    folder: Path, expected: dict[str, tuple[int, ...] | None], ignored: list[str], error: str
+) -> None:
+    if not error:
+        check_tensors(folder, expected, ignored)
+        return
+    with pytest.raises(UserError) as refused:
+        check_tensors(folder, expected, ignored)
+    assert str(refused.value).startswith(f"{folder}{error}")
 
 
 def test_the_plan_of_a_run_says_where_the_folder_is_named(folder: Path) -> None:

@@ -513,11 +513,18 @@ class TrainerCheck(Protocol):
 
     options: the trainer's; config: the model's config.json; description: what the model's family says of it for the
     trainer's backend, None if it has none. policy: of a critic that shares the policy's ranks, the options of the
-    policy's trainer; None of all others. Raises `ValueError` with what is wrong and how to mend it.
+    policy's trainer; None of all others. folder: the model's, None for a new model and for a hub name. Raises
+    `ValueError` with what is wrong and how to mend it; what is wrong with the folder begins with its path.
     """
 
     def __call__(
-        self, options: Any, config: Mapping[str, Any], description: Any, world_size: int, policy: Any | None
+        self,
+        options: Any,
+        config: Mapping[str, Any],
+        description: Any,
+        world_size: int,
+        policy: Any | None,
+        folder: Path | None,
     ) -> None: ...
 
 

@@ -6,6 +6,7 @@ Every refusal names both sides and says what would mend it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from miles_core.config.check_stage import check_stage
@@ -76,14 +77,22 @@ def _check_trainer(
         description = _description(plan, trainer, config, family, catalog)
     if trainer.check is None:
         return
-    check = resolve(trainer.check)
+    check, folder = resolve(trainer.check), _folder(plan)
     try:
-        check(trained.options, config, description, world_size, policy)
+        check(trained.options, config, description, world_size, policy, folder)
     except ValueError as error:
+        if folder is not None and str(error).startswith(str(folder)):
+            raise UserError(f"{plan.origins['model.path']}: model folder {error}") from error
         named = {name: origin for name, origin in plan.origins.items() if f"{part}." in name and origin != "default"}
         given = {name.rpartition(".")[2]: origin for name, origin in named.items()}
         where = blame(str(error), given) or plan.origins[f"{part}.name"]
         raise UserError(f"{where}: {'of the critic: ' if part == 'critic' else ''}{error}") from error
+
+
+def _folder(plan: Plan) -> Path | None:
+    """The run's model, if it is a folder."""
+    folder = Path(plan.model.path or "").expanduser()
+    return folder if plan.model.path is not None and folder.is_dir() else None
 
 
 def _description(

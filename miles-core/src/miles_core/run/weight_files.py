@@ -7,12 +7,14 @@ tensor's bytes lie behind it. So a file that a broken download left too short sh
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from miles_core.errors import UserError
 
+Shape = tuple[int, ...]
 INDEX = "model.safetensors.index.json"
 """Says which tensor is in which file, where there are several."""
 
@@ -37,6 +39,28 @@ def check_weights(folder: Path) -> None:
             raise UserError(f"{folder} lacks {file}, which its {INDEX} names; download the model again")
         if tensor not in held[file]:
             raise UserError(f"{folder / file} lacks the tensor {tensor}, which its {INDEX} names")
+
+
+def check_tensors(folder: Path, expected: Mapping[str, Shape | None], ignored: Iterable[str]) -> None:
+    """Raises `UserError` unless a model folder holds each of the `expected` tensors, in its shape or, for None, in any,
+    and no others but those whose name one of the regular expressions `ignored` matches. Reads headers alone."""
+    held = {name: (path, said) for path in sorted(folder.glob("*.safetensors")) for name, said in tensors(path).items()}
+    allowed = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or r"\b\B")
+    if missing := sorted(expected.keys() - held.keys()):
+        raise UserError(f"{folder} lacks {some(missing)}, which the model's config.json asks for")
+    if extra := sorted(name for name in held.keys() - expected.keys() if not allowed.fullmatch(name)):
+        raise UserError(f"{folder} holds {some(extra)}, which the model's config.json does not know")
+    for name, shape in expected.items():
+        path, said = held[name]
+        if shape is not None and tuple(said["shape"]) != shape:
+            found = tuple(said["shape"])
+            raise UserError(f"{path}: {name} has shape {found}, but the model's config.json makes it {shape}")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of several tensors, and how many more there are, in words."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"the tensor {names[0]}{more}"
 
 
 def tensors(path: Path) -> Mapping[str, Any]:

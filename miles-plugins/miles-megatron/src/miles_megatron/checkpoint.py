@@ -40,8 +40,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from miles_core.errors import RunError, UserError
 from miles_core.roles import Written
+from miles_core.run.weight_files import some
 from miles_megatron.model import VALUE_HEAD, bare
-from miles_megatron.weights import some
 from miles_torch.checkpoint import random_states, save_file
 
 FOLDER = "dist"

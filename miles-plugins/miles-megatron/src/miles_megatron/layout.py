@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from miles_core.errors import UserError
 from miles_core.megatron import MegatronModel
 from miles_megatron import surface
 from miles_megatron.options import TrainerOptions
+from miles_megatron.tensors import check_folder
 
 
 def default_implementation() -> str:
@@ -58,6 +60,7 @@ def check_run(
     description: MegatronModel,
     world_size: int,
     policy: TrainerOptions | None = None,
+    folder: Path | None = None,
 ) -> None:
     """Refuses a run before it starts; see `miles_core.roles.TrainerCheck`. Raises `UserError`."""
     check_model(options, description)
@@ -68,6 +71,8 @@ def check_run(
             f"critic.parallel divides the ranks into {layout}, but the policy's trainer, on the same ranks, "
             f"into {Layout.of(policy.parallel)}; leave it out, or give the critic ranks of its own (critic.gpus)"
         )
+    if folder is not None and any(folder.glob("*.safetensors")):
+        check_folder(folder, description.predicting(further_layers(options, description)))
 
 
 def check_model(options: TrainerOptions, model: MegatronModel) -> None:

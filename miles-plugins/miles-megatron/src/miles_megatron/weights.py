@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from miles_core.errors import UserError
 from miles_core.megatron import MegatronModel, Weight
 from miles_core.roles import Bucket, BucketLayout
+from miles_core.run.weight_files import check_tensors
 from miles_megatron.model import Local, parameters
+from miles_megatron.tensors import ignored
 
 BUCKET_BYTES = 256 * 2**20
 """A bucket holds at most this much, unless it is one larger tensor."""
@@ -185,25 +187,7 @@ class Folder:
 
     def check(self, table: Table, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Every expected tensor is there in its shape and nothing else, before any is read. Raises `UserError`."""
-        ignored = [re.compile(pattern) for pattern in (*table.model.ignored, r".*rotary_emb\.inv_freq")]
-        if table.model.tied:
-            ignored.append(re.compile(r"lm_head\.weight"))
-        missing = sorted(expected.keys() - self._where.keys())
-        extra = sorted(
-            name
-            for name in self._where.keys() - expected.keys()
-            if not any(pattern.fullmatch(name) for pattern in ignored)
-        )
-        if missing:
-            raise UserError(f"{self._folder} lacks {some(missing)}, which the model's config.json asks for")
-        if extra:
-            raise UserError(f"{self._folder} holds {some(extra)}, which the model's config.json does not know")
-        for name, shape in expected.items():
-            found = tuple(self._files[self._where[name]].get_slice(name).get_shape())
-            if found != shape:
-                raise UserError(
-                    f"{self._where[name]}: {name} has shape {found}, but the model's config.json makes it {shape}"
-                )
+        check_tensors(self._folder, expected, ignored(table.model))
 
     def dtype(self, names: Sequence[str]) -> torch.dtype:
         """Of tensors that a parameter is made of, without reading them. Raises `UserError` if they differ in it."""
@@ -224,12 +208,6 @@ class Folder:
             raise UserError(f"{self._where[name]}: {name} cannot be read: {error}") from error
         assert tuple(tensor.shape) == shape, "checked before"
         return tensor
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of several tensors, and how many more there are, in words."""
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"the tensor {names[0]}{more}"
 
 
 def load(chunks: list[nn.Module], table: Table, source: Source) -> None:
