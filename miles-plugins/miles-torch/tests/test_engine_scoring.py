@@ -153,6 +153,14 @@ def test_a_frozen_engine_without_weights_is_refused(tmp_path: Path) -> None:
         asyncio.run(engine.start())
 
 
+def test_a_frozen_engine_without_some_of_its_weights_is_refused(tmp_path: Path) -> None:
+    model = make_model()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "model.norm.weight"}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(UserError, match=r"lacks the tensor model\.norm\.weight"):
+        asyncio.run(frozen(tmp_path).start())
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [

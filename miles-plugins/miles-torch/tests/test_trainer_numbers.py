@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from trainer_kit import alone, exported, make_batch, make_trainer, norm, plain_model, plain_objective, tiny_model
 
 from miles_core.errors import RunError, UserError
@@ -404,6 +405,25 @@ def test_hooks_hear_the_live_objects_and_add_metrics(folder):
 def test_pickled_weights_are_refused(tmp_path):
     (tiny_model(tmp_path) / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match="safetensors"):
+        make_trainer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda held: held.pop("model.norm.weight"), "lacks the tensor model.norm.weight, which the model's config"),
+        (
+            lambda held: held.update({"model.norm.weight": torch.ones(7)}),
+            r"model.norm.weight has shape \(7,\), but the model's config.json makes it \(\d+,\)",
+        ),
+    ],
+)
+def test_weights_that_would_be_drawn_at_random_are_refused(change, error, tmp_path):
+    model_module.load(tiny_model(tmp_path), 0).save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    change(held)
+    save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=error):
         make_trainer(tmp_path)
 
 

@@ -22,7 +22,7 @@ from miles_core.errors import UserError, nearest
 from miles_torch import attention, probe
 from miles_torch.attention import Decode, Prefill
 from miles_torch.fused import FusedDecoder, fits
-from miles_torch.model import config_of
+from miles_torch.model import config_of, pretrained
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -87,15 +87,12 @@ class EngineModel:
                 self._missing -= self._parts[name]
 
     def load_pretrained(self, folder: Path) -> None:
-        """Takes over the weights of a Hugging Face folder. `UserError` if there are none."""
+        """Takes over the weights of a Hugging Face folder. `UserError` if there are none, or not all of the model."""
         if not any(folder.glob("*.safetensors")):
             raise UserError(f"{folder} has no weights (*.safetensors), so there is nothing to score with.")
         disable_progress_bar()  # type: ignore[no-untyped-call]
         dtype = next(self.module.parameters()).dtype
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), config=config_of(folder), dtype=dtype, use_safetensors=True
-        )
-        tensors = model.state_dict()
+        tensors = pretrained(folder, config_of(folder), dtype).state_dict()
         self.load(list(tensors), list(tensors.values()))
         self.finish_load()
 

@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from miles_core.config.model import family_of
 from miles_core.errors import UserError
 from miles_core.plugins import discover, resolve
+from miles_core.run.weight_files import some
 from miles_core.sample import Batch
 from miles_torch import attention_packed
 from miles_torch.fused_training import FusedTraining
@@ -62,10 +63,31 @@ def load(path: Path, seed: int) -> Any:
             torch.manual_seed(seed)
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), config=config, dtype=torch.float32, use_safetensors=True
-        )
+        model = pretrained(path, config, torch.float32)
     return model.eval()
+
+
+def pretrained(path: Path, config: Any, dtype: torch.dtype) -> Any:
+    """The causal language model of a Hugging Face folder (or hub name) with its weights.
+
+    Raises `UserError` if one is not there, or in another shape: transformers would draw it at random.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        str(path),
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"{path} lacks {some(missing)}, which the model's config.json asks for")
+    for name, shape, wanted in sorted(found["mismatched_keys"]):
+        raise UserError(
+            f"{path}: {name} has shape {tuple(shape)}, but the model's config.json makes it {tuple(wanted)}"
+        )
+    return model
 
 
 def layers(model: Any) -> list[nn.Module]:
