@@ -73,7 +73,9 @@ def test_an_objective_crosses_processes():
     assert pickle.loads(pickle.dumps(objective)) == objective
 
 
-def test_a_stage_knows_what_its_loss_and_corrections_read(monkeypatch):
+# A correction is given both policies' log-probabilities, whatever its record says it needs beside them.
+@pytest.mark.parametrize("needs", [{"old_logprobs", "rollout_logprobs"}, {"advantages"}, set()])
+def test_a_stage_knows_what_its_loss_and_corrections_read(needs, monkeypatch):
     module = ModuleType("fake_losses")
     vars(module).update(loss=loss, ratio=ratio)
     monkeypatch.setitem(sys.modules, "fake_losses", module)
@@ -86,7 +88,7 @@ def test_a_stage_knows_what_its_loss_and_corrections_read(monkeypatch):
         needs_if={"ref_logprobs": "kl_coef", "staleness": "entropy_coef"},
         entropy_if="entropy_coef",
     )
-    correction = CorrectionSpec(name="ratio", ref="fake_losses:ratio", summary="x")
+    correction = CorrectionSpec(name="ratio", ref="fake_losses:ratio", summary="x", needs=frozenset(needs))
     stage: Any = SimpleNamespace(
         name="train",
         loss=Component(spec=loss_spec, plugin="p", options=options),

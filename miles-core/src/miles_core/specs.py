@@ -100,7 +100,8 @@ class LossSpec(Spec):
 class CorrectionSpec(Spec):
     """A correction for samples that another policy than the trained one wrote: `ref` is a `roles.Correction`.
 
-    needs, needs_if: token columns it reads, as in `LossSpec`.
+    needs, needs_if: token columns it reads, as in `LossSpec`. The two policies' log-probabilities, which every
+    correction is given, are always among `needs`, said or not.
     """
 
     kind: ClassVar[str] = "correction"
@@ -109,6 +110,7 @@ class CorrectionSpec(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "needs", self.needs | {"old_logprobs", "rollout_logprobs"})
         _check_columns(self, self.needs | frozenset(self.needs_if))
 
 
