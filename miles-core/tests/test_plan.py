@@ -41,11 +41,13 @@ from miles_core.cli.plan import plan as plan_command_of_miles
 from miles_core.cli.recipes import recipes as recipes_command
 from miles_core.config.estimate import estimate, readable
 from miles_core.config.layers import open_catalog, read_run_file
+from miles_core.config.model import family_of
 from miles_core.config.schema import Plan
 from miles_core.config.traits import loss_columns
 from miles_core.errors import UserError
 from miles_core.plugins import Catalog, Plugin
 from miles_core.run.folder import check_folder, load_plan, write_run_files
+from miles_core.run.model import prepare_model
 from miles_core.run.plan import make_plan
 
 
@@ -89,7 +91,7 @@ class TinyFamily:
 
     def fresh(self, config: Mapping[str, Any]) -> dict[str, Any]:
         known = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        made = {"vocab_size", "max_position_embeddings"}
+        made = {"vocab_size", "max_position_embeddings", "model_type"}
         for key in config:
             if key not in known and key not in made and not key.endswith("_token_id"):
                 raise ValueError(f"{key} is not a field of a tiny config")
@@ -835,6 +837,30 @@ def test_a_model_folder_is_found_with_its_family() -> None:
     model_folder("tokenizer.json", architectures=["TinyForCausalLM"], max_position_embeddings=64)
     assert ("fake-models", "1.0", "fake_models") in plan_of(FOLDER_RUN).plugin_set
     assert plan_of(FOLDER_RUN, "trainer.name=choosy").trainer.spec.name == "choosy"
+
+
+@pytest.mark.parametrize(("chosen", "plugin"), [("other-models:other", "other-models"), ("tiny", "fake-models")])
+def test_the_family_that_a_run_chooses_is_that_of_all_who_read_its_config(chosen: str, plugin: str) -> None:
+    again = dataclasses.replace(MODELS[0], name="other", model_types=("small",))
+    plugins = catalog(_plugin("other-models", again))
+    plan = plan_of(RUN, f"model.family={chosen}", "model.config.model_type=small", plugins=plugins)
+    assert (plugin, "1.0", plugin.replace("-", "_")) in plan.plugin_set
+    Path("new").mkdir()
+    config = json.loads((prepare_model(plan.model, TinyFamily(), Path("new")) / "config.json").read_text())
+    found = family_of(config, plugins)
+    assert found is not None
+    assert found.plugin.name == plugin
+    without = family_of({**config, "miles_family": "gone"}, plugins)
+    assert without is not None
+    assert without.spec.name == "other"  # as if nothing had been chosen
+
+
+def test_a_family_that_does_not_cover_its_own_model_is_refused() -> None:
+    other = dataclasses.replace(MODELS[0], name="other", architectures=("OtherForCausalLM",))
+    assert refusal(RUN, "model.family=other", plugins=catalog(_plugin("other-models", other))) == (
+        "flag model.family=other: model family 'other' covers OtherForCausalLM, and its new model is TinyForCausalLM; "
+        "no process of the run would know it by its config.json"
+    )
 
 
 def test_several_families_of_one_architecture_are_not_chosen_between() -> None:

@@ -14,7 +14,7 @@ from miles_core.config.source import blame
 from miles_core.errors import UserError
 from miles_core.plugins import Catalog, Entry, resolve
 from miles_core.roles import ModelFamily
-from miles_core.run.model import prepare_model
+from miles_core.run.model import MADE_BY, prepare_model
 from miles_core.run.tokenizers import check_tokenizer
 from miles_core.run.weight_files import check_weights
 from miles_core.specs import ModelSpec
@@ -51,9 +51,17 @@ def folder_config(path: str, key: str, where: str) -> dict[str, Any] | None:
 def find_family(
     model: ModelSection, config: Mapping[str, Any] | None, origins: Mapping[str, str], catalog: Catalog
 ) -> Entry[ModelSpec] | None:
-    """The installed family of the run's model, None if no plugin covers it. Raises `UserError` if several do."""
+    """The installed family of the run's model, None if no plugin covers it. Raises `UserError` if several do, and for a
+    chosen one that does not cover what it has made of [model.config]."""
     if model.family is not None:
-        return catalog.get(ModelSpec, model.family)
+        entry = catalog.get(ModelSpec, model.family)
+        if not entry.spec.covers(config or {}):
+            raise UserError(
+                f"{origins['model.family']}: model family {entry.spec.name!r} covers "
+                f"{', '.join(entry.spec.model_types or entry.spec.architectures)}, and its new model is "
+                f"{architectures(config or {})}; no process of the run would know it by its config.json"
+            )
+        return entry
     try:
         return family_of(config or {}, catalog)
     except UserError as error:
@@ -61,17 +69,22 @@ def find_family(
 
 
 def family_of(config: Mapping[str, Any], catalog: Catalog) -> Entry[ModelSpec] | None:
-    """The installed family of the model of a config.json, one that asks for its model type before others; None if no
-    plugin covers it. Raises `UserError` if several do."""
+    """The installed family of the model of a config.json: of those that cover it the one that it was made by, or else
+    one that asks for its model type; None if no plugin covers it. Raises `UserError` if several do."""
     found = [entry for entry in catalog.all(ModelSpec) if entry.spec.covers(config)]
-    found = [entry for entry in found if entry.spec.model_types] or found
+    made_by = [entry for entry in found if config.get(MADE_BY) in (entry.spec.name, _full_name(entry))]
+    found = made_by or [entry for entry in found if entry.spec.model_types] or found
     if len(found) > 1:
-        names = " and ".join(f"{entry.plugin.name}:{entry.spec.name}" for entry in found)
+        names = " and ".join(map(_full_name, found))
         raise UserError(
             f"{len(found)} installed model families cover {architectures(config)}: {names}. Keep one and disable the "
             f'others\' plugins, as in plugins.disable = ["{found[-1].plugin.name}"]'
         )
     return found[0] if found else None
+
+
+def _full_name(entry: Entry[ModelSpec]) -> str:
+    return f"{entry.plugin.name}:{entry.spec.name}"
 
 
 def architectures(config: Mapping[str, Any]) -> str:

@@ -14,6 +14,10 @@ from miles_core.roles import ModelFamily
 from miles_core.run.tokenizers import check_tokenizer, make_tokenizer, tokenizer_mismatch
 from miles_core.run.weight_files import check_weights
 
+MADE_BY = "miles_family"
+"""The field of a new model's config.json that says which family the run file chose, for whoever reads it later: several
+installed ones may cover its architecture."""
+
 
 def prepare_model(section: ModelSection, family: ModelFamily | None, folder: Path) -> Path:
     """The Hugging Face folder of the model that `section` names: config and tokenizer, and weights if it has a `path`.
@@ -36,7 +40,7 @@ def prepare_model(section: ModelSection, family: ModelFamily | None, folder: Pat
             f"model.config.vocab_size = {config['vocab_size']} is smaller than the {tokens['vocab_size']} tokens of "
             f"model.tokenizer = {section.tokenizer!r}; leave it out"
         )
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    (folder / "config.json").write_text(json.dumps({**config, MADE_BY: section.family}, indent=2) + "\n", "utf-8")
     return folder
 
 
