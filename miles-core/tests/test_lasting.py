@@ -3,17 +3,19 @@ import subprocess
 import sys
 
 import pytest
+
 from miles_core.testing.lasting import lasting_imports
 
 IN_A_PROCESS = """
-import gc, json
+import gc
 from miles_core.testing.lasting import lasting_imports
 runs = []
 gc.callbacks.append(lambda phase, info: runs.append(phase))
 with lasting_imports():
     {body}
-    cycles = [[] for _ in range(100_000)]
-print(len(runs), gc.isenabled(), gc.get_freeze_count() > 0)
+    lists = [[] for _ in range(100_000)]
+    looked = len(runs)
+print(looked, gc.isenabled(), gc.get_freeze_count() > 0)
 """
 
 
