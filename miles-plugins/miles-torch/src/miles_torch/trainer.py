@@ -33,6 +33,7 @@ from miles_core.run.mismatch import mismatch
 from miles_core.sample import Batch
 from miles_torch import checkpoint, export, optimizer, sharding
 from miles_torch.faults import first_not_finite, loss_fault
+from miles_torch.memory import keep_freed_memory
 from miles_torch.metrics import Sums, report, summary
 from miles_torch.model import MicroBatch, Policy, checkpoint_activations, load, weights
 from miles_torch.options import TrainerOptions
@@ -74,6 +75,8 @@ class TorchTrainer:
         context, options = self.context, self.options
         torch.set_num_threads(context.threads)
         self._device = sharding.device_of(context)
+        if self._device.type == "cpu":
+            keep_freed_memory()
         if context.world_size > 1:
             sharding.join(context)
         model = load(context.model, context.seed)
