@@ -6,13 +6,13 @@
 
 The same for both: a 3.4-million-parameter Qwen3 with its weights, 8 prompts of 64 tokens a step, 4 samples of exactly
 64 new tokens each (the end token lies outside the model's vocabulary, so nothing can stop early), one optimizer step,
-and the precision of training: float32, or with `--dtype bfloat16` what TRL does unless told otherwise, bfloat16 with
-parameters in float32. Miles runs twice: synchronously, as TRL does, where engine and trainer wait for each other and so
-one thread works at a time; and with `max_staleness = 1`, where they work at the same time, one thread each, so two in
-all, and a batch is one update old. The three take turns; each turn is a process of its own, whose first steps are not
-counted, so that neither start-up nor a slow moment of the machine decides. A step lasts from the end of the one before
-to its own end: generating, scoring, training and (Miles) sending the weights to the engine. Tokens are the generated
-ones.
+and the precision of generating and training: float32, or with `--dtype bfloat16` what TRL does unless told otherwise,
+bfloat16 with parameters in float32 (it generates under the same autocast as it trains). Miles runs twice:
+synchronously, as TRL does, where engine and trainer wait for each other and so one thread works at a time; and with
+`max_staleness = 1`, where they work at the same time, one thread each, so two in all, and a batch is one update old.
+The three take turns; each turn is a process of its own, whose first steps are not counted, so that neither start-up
+nor a slow moment of the machine decides. A step lasts from the end of the one before to its own end: generating,
+scoring, training and (Miles) sending the weights to the engine. Tokens are the generated ones.
 
 Start it with `taskset -c 0` to hold all to one core, helper threads and processes included.
 """
@@ -85,7 +85,7 @@ def run_file(folder: Path, steps: int, dtype: str) -> dict[str, object]:
     return {
         "folder": str(folder / "runs"),
         "schedule": {"steps": steps, "prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES},
-        "model": {"path": str(folder / "model"), "max_tokens": PROMPT_TOKENS + NEW_TOKENS},
+        "model": {"path": str(folder / "model"), "max_tokens": PROMPT_TOKENS + NEW_TOKENS, "dtype": dtype},
         "data": {"name": "jsonl", "path": str(folder / "prompts.jsonl")},
         "sampling": {"max_new_tokens": NEW_TOKENS},
         "reward": {"name": "number", "tolerance": TOLERANCE},
@@ -156,7 +156,9 @@ def main() -> None:
     parser.add_argument("--trl-python", required=True, help="the Python of an environment with TRL")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="counted steps of each turn")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what both train in")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="what both generate and train in"
+    )
     arguments = parser.parse_args()
     steps = arguments.steps + UNCOUNTED
     with tempfile.TemporaryDirectory() as name:
