@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
+from asyncio.subprocess import PIPE
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -82,6 +84,56 @@ def test_after_the_end_of_a_meeting_there_can_be_another(server: SharedServer) -
 
     (completion,) = with_engine(server, use)["later"]
     expected = response_logprobs(make_model(seed=3), np.array(PROMPT, np.int32), completion.tokens)
+    np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+GOES = """
+import os, sys
+from datetime import timedelta
+from torch.distributed import TCPStore
+from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper
+host, port = sys.argv[1].rsplit("/", 1)[1].split(":")
+store = PrefixStore("miles", TCPStore(host, int(port), is_master=False, wait_for_workers=False))
+minute = timedelta(minutes=1)
+_new_process_group_helper(3, 2, [], Backend("gloo"), store, group_name="miles", timeout=minute)
+os._exit(9)
+"""
+"""A member of a meeting of three who goes when all are there."""
+
+
+def test_a_server_goes_on_when_another_member_ends_in_a_transfer_and_gets_the_weights_whole(
+    server: SharedServer,
+) -> None:
+    async def use(engine: SglangEngine) -> Any:
+        sender = Sender(trainer_context(Path(), 0), 2)
+        receiver = Receiver(
+            replace(engine.context, verify=False), 2, sender.open(), layout_of(buckets_of(make_model()))
+        )
+        other = await asyncio.create_subprocess_exec(sys.executable, "-c", GOES, receiver._address, stdin=PIPE)
+        await asyncio.gather(asyncio.to_thread(sender.connect), asyncio.to_thread(receiver.connect))
+        await other.communicate()
+        assert other.returncode == 9
+        await engine.pause("in-place")
+
+        async def leaving(end: Any, work: Any) -> bool:
+            try:
+                await asyncio.to_thread(work)
+            except RunError:
+                await asyncio.to_thread(end.close)
+                return True
+            return False
+
+        send = partial(sender.send, iter(buckets_of(make_model(seed=4))))
+        ended = await asyncio.gather(leaving(sender, send), leaving(receiver, partial(receiver.receive, engine.load)))
+        assert any(ended)
+        await part((sender, receiver))
+        ends = await meet(engine)
+        await publish(engine, ends, make_model(seed=5), 1)
+        await part(ends)
+        return await collect(engine, [ask("later", PROMPT, max_new_tokens=8)])
+
+    (completion,) = with_engine(server, use)["later"]
+    expected = response_logprobs(make_model(seed=5), np.array(PROMPT, np.int32), completion.tokens)
     np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
 
 
