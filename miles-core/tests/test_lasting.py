@@ -4,11 +4,11 @@ import sys
 
 import pytest
 
-from miles_core.testing.lasting import lasting_imports
+from miles_core.lasting import lasting_imports
 
 IN_A_PROCESS = """
 import gc
-from miles_core.testing.lasting import lasting_imports
+from miles_core.lasting import lasting_imports
 runs = []
 gc.callbacks.append(lambda phase, info: runs.append(phase))
 with lasting_imports():

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from miles_core.lasting import lasting_imports
 from miles_core.roles import CriticInputs, LossInputs, LossOutputs, TrainerContext, TrainStage
 from miles_core.sample import Batch, Sample
 from miles_core.testing.models import randomised, save_model
@@ -412,6 +413,14 @@ def _critic_job(job: Mapping[str, Any], **where: Any) -> dict[str, Any]:
     return result
 
 
+_MAIN = """
+from miles_core.lasting import lasting_imports
+with lasting_imports():
+    import megatron_kit
+megatron_kit.main()
+"""
+
+
 def run_jobs(out: Path, world_size: int, jobs: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Each of `jobs` on `world_size` ranks in new processes."""
     out.mkdir(parents=True, exist_ok=True)
@@ -419,7 +428,7 @@ def run_jobs(out: Path, world_size: int, jobs: Sequence[Mapping[str, Any]]) -> l
         json.dumps([{**job, "address": f"file://{out}/meeting-{number}"} for number, job in enumerate(jobs)])
     )
     # Not as a script: what a rank spawns, to write a checkpoint, would import that again.
-    command = [sys.executable, "-c", "import megatron_kit; megatron_kit.main()", str(out), str(world_size)]
+    command = [sys.executable, "-c", _MAIN, str(out), str(world_size)]
     ranks = subprocess.Popen(command, cwd=Path(__file__).parent, start_new_session=True)
     try:
         assert ranks.wait(timeout=800) == 0, "a rank failed; its traceback is in the output"
@@ -451,8 +460,9 @@ def main() -> None:
     folder, world_size = Path(sys.argv[1]), int(sys.argv[2])
     jobs = json.loads((folder / "jobs.json").read_text())
     if any("model" in job for job in jobs):
-        start.prepare()
-        import_module("miles_megatron.critic")  # with all that a job needs
+        with lasting_imports():
+            start.prepare()
+            import_module("miles_megatron.critic")  # with all that a job needs
     fork = multiprocessing.get_context("fork")
     ranks = [fork.Process(target=_rank, args=(folder, jobs, rank, world_size)) for rank in range(world_size)]
     for rank in ranks:

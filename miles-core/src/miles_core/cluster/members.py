@@ -24,6 +24,7 @@ from miles_core.cluster.process import MemberProcess, hooks_of, own_host
 from miles_core.cluster.session import MemberDiedError
 from miles_core.config.schema import CriticSection, Plan, TrainerSection
 from miles_core.errors import RunError, UserError
+from miles_core.lasting import lasting_imports
 from miles_core.plugins import resolve
 from miles_core.roles import BucketLayout, EngineContext, Measures, PauseMode, TrainerContext, Written
 from miles_core.run import teaching
@@ -56,8 +57,9 @@ class TrainerMember(MemberProcess):
     def enter(self) -> None:
         """Prepares the process and imports what it will train with."""
         self._enter()
-        for ref in self._classes.values():
-            resolve(ref)
+        with lasting_imports():
+            for ref in self._classes.values():
+                resolve(ref)
 
     def address(self) -> str:
         """A free meeting point for the ranks, on rank 0's machine. The port is below those that systems give to whoever
@@ -231,7 +233,8 @@ class EngineMember(MemberProcess):
         assert self.plan.engine is not None
         self._enter()
         self.news, self.loop = asyncio.Event(), asyncio.get_running_loop()
-        self._build = resolve(self.plan.engine.spec.ref)
+        with lasting_imports():
+            self._build = resolve(self.plan.engine.spec.ref)
 
     async def start(self) -> None:
         """Builds the engine and brings it up."""
@@ -363,7 +366,8 @@ class TeacherMember(MemberProcess):
     async def enter(self) -> None:
         """Prepares the process and imports the engine."""
         self._enter()
-        self._build = resolve(self.teacher.engine.spec.ref)
+        with lasting_imports():
+            self._build = resolve(self.teacher.engine.spec.ref)
 
     async def start(self) -> None:
         """Builds the engine and brings it up, with the weights of the teacher's folder. Callbacks do not hear of it."""
@@ -426,7 +430,7 @@ class CollectorMember(MemberProcess):
         """
         self._enter()
         self.pool = EnginePool(self.engines, self.plan.cluster.deadline_s) if self.engines else None
-        with _remarks() as remarks:
+        with _remarks() as remarks, lasting_imports():
             self.collector = await asyncio.to_thread(Collector, self.plan, self.model, self.pool)
         return remarks
 

@@ -23,10 +23,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from miles_core.errors import MissingExtraError, PluginError, UserError
+from miles_core.lasting import lasting_imports
 from miles_core.plugins import CORE, HEAVY, Plugin, one_line, options_of, resolve
 from miles_core.specs import CallbackSpec, CommandSpec, ModelSpec, RecipeSpec, Spec
 from miles_core.testing.kits import RecordRule, rules_of
-from miles_core.testing.lasting import lasting_imports
 from miles_core.testing.subject import SkippedError, Subject
 from miles_core.watchdog import TimeLimitError, time_limit
 

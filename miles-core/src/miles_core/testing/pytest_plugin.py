@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from miles_core.testing.lasting import lasting_imports
+from miles_core.lasting import lasting_imports
 
 
 @pytest.hookimpl(wrapper=True)
