@@ -207,7 +207,13 @@ def test_what_breaks_off_leaves_the_meeting_on_both_sides_and_the_engine_waits_f
     )
     trainer = TrainerMember("trainer 0", Path("log"), plan, 0, ())
     trainer.sender, trainer.contexts = End(), {"policy": SimpleNamespace()}  # type: ignore[dict-item]
-    trainer.parts = {"policy": SimpleNamespace(export=lambda: (done.append(number) or number for number in range(3)))}
+
+    def export() -> Iterator[int]:
+        for number in range(3):
+            done.append(number)
+            yield number
+
+    trainer.parts = {"policy": SimpleNamespace(export=export)}
     with pytest.raises(RunError, match="broke off"):
         trainer.publish(1)
     assert done == [0, 0, "closed", 1, 2]
