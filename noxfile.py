@@ -254,9 +254,8 @@ def try_template(session: nox.Session, programs: Path, kind: str, folder: Path) 
 
     python("miles_core", "plugins", "new", name, "--kind", kind, "--folder", str(folder), at=folder.parent)
     python("uv", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", ".")
-    python("pytest", "-q")
-    python("hatchling", "build")
-    python("miles_core", "plugins", "check", name)
+    works = [("pytest", "-q"), ("hatchling", "build"), ("miles_core", "plugins", "check", name)]
+    side_by_side(lambda work: python(*work), works)  # none needs another
     session.log(f"{kind}: {time.monotonic() - started:.1f} s from nothing to a checked wheel")
     style = ("--isolated", "--line-length", "120", ".")
     python("ruff", "check", *style)
