@@ -140,19 +140,12 @@ LATENT_ATTENTION = (
     Weight(megatron=f"{_LATENT}kv_down_proj.weight", hf=(f"{_PROJECTED}kv_a_proj_with_mqa.weight",)),
     Weight(megatron=f"{_LATENT}kv_up_proj.layer_norm_weight", hf=(f"{_PROJECTED}kv_a_layernorm.weight",)),
     Weight(megatron=f"{_LATENT}kv_up_proj.weight", hf=(f"{_PROJECTED}kv_b_proj.weight",)),
-    Weight(megatron=f"{_LATENT}proj.weight", hf=(f"{_PROJECTED}o_proj.weight",)),
-)
-"""Attention through a narrow layer with a norm of its own, without its queries, and the norm before it."""
-
-LATENT_QUERY = (
     Weight(megatron=f"{_LATENT}q_down_proj.weight", hf=(f"{_PROJECTED}q_a_proj.weight",)),
     Weight(megatron=f"{_LATENT}q_up_proj.layer_norm_weight", hf=(f"{_PROJECTED}q_a_layernorm.weight",)),
     Weight(megatron=f"{_LATENT}q_up_proj.weight", hf=(f"{_PROJECTED}q_b_proj.weight",)),
+    Weight(megatron=f"{_LATENT}proj.weight", hf=(f"{_PROJECTED}o_proj.weight",)),
 )
-"""Queries of the same kind."""
-
-PLAIN_QUERY = (Weight(megatron=f"{_LATENT}q_proj.weight", hf=(f"{_PROJECTED}q_proj.weight",)),)
-"""Queries without a narrow layer."""
+"""Attention through narrow layers with norms of their own, and the norm before it."""
 
 
 def _gated(megatron: str, hf: str, expert: str = "") -> tuple[Weight, ...]:

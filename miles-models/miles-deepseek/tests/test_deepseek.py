@@ -46,6 +46,7 @@ def test_impossible_configurations_are_refused(config: dict[str, Any], error: st
         ({"topk_group": 8}, r"num_experts_per_tok \(8\) must be twice topk_group \(8\)"),
         ({"norm_topk_prob": False}, "norm_topk_prob = false is not known"),
         ({"attention_bias": True}, "attention_bias is not known"),
+        ({"q_lora_rank": None}, "q_lora_rank = null is not known"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary embeddings of type 'linear' are not known"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"weights are quantised \(fp8\): turn them into bfloat16"),
     ],

@@ -15,9 +15,10 @@ def deepseek_v3(config: Mapping[str, Any]) -> MegatronModel:
     full = {**DEFAULTS, **config}
     if full["attention_bias"]:
         raise ValueError("attention_bias is not known to the trainer; set it to false")
+    if full["q_lora_rank"] is None:
+        raise ValueError("q_lora_rank = null is not known to the trainer: Megatron would put a norm before the queries")
     routing = megatron.routing(full)
-    query = megatron.LATENT_QUERY if full["q_lora_rank"] is not None else megatron.PLAIN_QUERY
-    attention = (*megatron.LATENT_ATTENTION, *query)
+    attention = megatron.LATENT_ATTENTION
     experts = (*megatron.EXPERTS, *megatron.SHARED_EXPERTS, *megatron.EXPERT_BIAS)
     return MegatronModel(
         transformer={**megatron.decoder(full), **_latent(full), **routing},
