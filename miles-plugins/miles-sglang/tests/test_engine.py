@@ -9,7 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sglang_kit import MAX_TOKENS, SharedServer, ask, borrower, collect, context_of, publish, with_engine
+from sglang_kit import (
+    INSTALLED,
+    MAX_TOKENS,
+    REASON,
+    SharedServer,
+    ask,
+    borrower,
+    collect,
+    context_of,
+    publish,
+    with_engine,
+)
 
 import miles_sglang
 from miles_core.errors import UserError
@@ -215,6 +226,7 @@ def test_what_the_server_measures_is_told_once(server: SharedServer, monkeypatch
     assert all((number.part if isinstance(number, Quotient) else number) == 0 for number in later.values())
 
 
+@pytest.mark.skipif(not INSTALLED, reason=REASON)  # the options are checked against the installed server's
 def test_without_the_servers_metrics_there_are_none(tmp_path: Path) -> None:
     save_model(make_model(), tmp_path / "model")
     engine = SglangEngine(EngineOptions(server={"enable_metrics": False}), context_of(tmp_path))
