@@ -7,6 +7,7 @@ thread, weights go from hand to hand, and rewards are called where they are. Wha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ import pytest
 import ray
 
 from miles_core.cli.main import main
+from miles_core.cluster import members
 from miles_core.cluster.process import MemberProcess
 from miles_core.cluster.session import Member
 from miles_core.config.model import load_family
@@ -80,6 +82,7 @@ def _prepared(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.setattr(collector, "Scorer", _Scorer)
     monkeypatch.setattr(ray, "put", lambda value: value)
     monkeypatch.setattr(MemberProcess, "_enter", lambda self: None)
+    monkeypatch.setattr(members, "watching", lambda engines, give_up: contextlib.nullcontext())
     return plan if plan.sync is None else replace(plan, sync=Component(spec=_SYNC, plugin="test"))
 
 
@@ -221,6 +224,7 @@ class Sender:
     def send(self, buckets: Iterator[Bucket]) -> None:
         _sent.put(list(buckets))
 
+    def give_up(self) -> None: ...
     def close(self) -> None: ...
 
 

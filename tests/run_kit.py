@@ -71,7 +71,9 @@ class Broken:
 class Probe:
     """What MILES_PROBE says: pause: step after whose checkpoint the driver waits until it is told to go on; pause_step:
     the same after a step, before its checkpoint; raise: the hooks that raise; full_disk: step after which trainer rank
-    0 cannot write large files; starts: how often the engines of these names may start."""
+    0 cannot write large files; starts: how often the engines of these names may start; dies_meeting, dies_receiving:
+    which start of an engine is one that dies when it comes to meet the trainer, or when weights arrive and there is a
+    file "die"."""
 
     def __init__(self, options):
         self.orders = json.loads(os.environ.get("MILES_PROBE", "{}"))
@@ -127,6 +129,22 @@ class Probe:
         starts = (self.folder / "members.jsonl").read_text().count(role)
         if starts > self.orders.get("starts", {}).get(role, starts):
             raise ArithmeticError(f"the probe does not let {role} start")
+        for order, method in (("dies_meeting", "connect"), ("dies_receiving", "receive")):
+            if self.orders.get(order, {}).get(role) == starts:
+                self.die_in(method)
+
+    def die_in(self, method):
+        from miles_torch.sync import TorchReceiver
+
+        real, order = getattr(TorchReceiver, method), self.folder / "die"
+
+        def die(receiver, *args):
+            if method == "connect" or order.exists():
+                order.unlink(missing_ok=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(receiver, *args)
+
+        setattr(TorchReceiver, method, die)
 '''
 
 MODEL = """

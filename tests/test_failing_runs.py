@@ -46,16 +46,25 @@ def test_a_full_disk_dead_engines_and_bad_rewards_cost_an_asynchronous_run_nothi
     assert "Traceback" not in ended.err
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
 
-    orders = {"pause": 4, "pause_step": 7, "starts": {"engine 1": 2}}
+    orders = {
+        "pause": 4, "pause_step": 7, "starts": {"engine 1": 2},
+        "dies_meeting": {"engine 0": 2}, "dies_receiving": {"engine 1": 2},
+    }  # fmt: skip
     process = miles.start("resume", str(folder), probe=orders)
     for step, number in ((4, 0), (7, 1)):
         miles.wait_for_note("paused", process, step=step)
-        engine = [note["pid"] for note in miles.notes("members") if note["role"] == f"engine {number}"][-1]
+        engines = [note["pid"] for note in miles.notes("members") if note["role"] == f"engine {number}"]
         (folder / f"logs/engine-{number}.log").open("a").write(f"the last words of engine {number}\n")
-        os.kill(engine, signal.SIGKILL)
+        if number == 0:
+            assert len(engines) == 3, "one of the run before, one that died meeting the trainer, and another"
+            os.kill(engines[-1], signal.SIGKILL)
+        else:
+            (miles.folder / "die").touch()
         miles.go_on(step)
     ended = miles.end(process)
     assert (ended.code, ended.err, ended.left_over) == (0, "", [])
+    assert not (miles.folder / "die").exists()
+    assert ended.out.count("starting engine 0 again") == 2
     for number in (0, 1):
         assert f"engine {number} died in " in ended.out
         assert f"the last lines of its log, {folder}/logs/engine-{number}.log:\n" in ended.out

@@ -19,7 +19,7 @@ from miles_core.roles import Bucket, PauseMode, TrainStage
 from miles_core.sample import Batch, Completion, Request
 from miles_core.specs import EngineSpec, ModelSpec, Spec, TrainerSpec, WeightSyncSpec
 from miles_core.testing.checks import cases
-from miles_core.testing.kits import rules_of
+from miles_core.testing.kits import rules_of, weight_sync
 from miles_qwen.family import Qwen3
 from miles_torch.critic import TorchCritic
 from miles_torch.engine import TorchEngine
@@ -277,6 +277,28 @@ def test_weight_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
     found = faults(monkeypatch, rule, (WeightSyncSpec, "torch-to-torch"), ref=TorchSender, receiver=FlipsABit)
     assert "float32, transfer 0, engine 0: c is not what was sent" in found
     assert all(": c is not" in fault for fault in found)
+
+
+class WaitsOn(TorchSender):
+    def give_up(self) -> None: ...
+
+
+class WaitsForNobody(TorchSender):
+    def connect(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("sender", "fault"),
+    [
+        (WaitsOn, "still waits 0.1 s after the meeting was given up"),
+        (WaitsForNobody, "the trainer does not wait for engine 1"),
+    ],
+)
+def test_weight_syncs_that_are_given_up(monkeypatch: pytest.MonkeyPatch, sender: type, fault: str) -> None:
+    monkeypatch.setattr(weight_sync, "SOON_S", 0.1)
+    rule = "keeps_nobody_who_waits_for_an_engine_that_has_failed"
+    found = faults(monkeypatch, rule, (WeightSyncSpec, "torch-to-torch"), ref=sender, receiver=TorchReceiver)
+    assert any(fault in one for one in found)
 
 
 class CountsTiedTwice(Qwen3):

@@ -573,6 +573,11 @@ class WeightSender(Protocol):
         """Sends all buckets to all engines. Every rank calls it; rank 0 sends, with checksums if `context.verify`."""
         ...
 
+    def give_up(self) -> None:
+        """An engine has failed: whoever waits in `connect` or `send`, or in a receiver, raises `RunError` soon. Called
+        on rank 0, on any thread. `close` comes next."""
+        ...
+
     def close(self) -> None: ...
 
 

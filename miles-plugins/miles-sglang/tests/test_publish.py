@@ -24,6 +24,7 @@ from miles_sglang import sync
 from miles_sglang.engine import SglangEngine
 from miles_sglang.sync import Receiver, Sender
 from miles_torch.checksum import checksum
+from miles_torch.meeting import Meeting
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PROMPT = [7, 8, 9, 10, 11]
@@ -84,6 +85,30 @@ def test_after_the_end_of_a_meeting_there_can_be_another(server: SharedServer) -
 
     (completion,) = with_engine(server, use)["later"]
     expected = response_logprobs(make_model(seed=3), np.array(PROMPT, np.int32), completion.tokens)
+    np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+def test_who_waits_for_an_engine_that_does_not_come_is_let_go_and_meets_again(server: SharedServer) -> None:
+    async def use(engine: SglangEngine) -> Any:
+        sender = Sender(trainer_context(Path(), 0), 2)
+        address = sender.open()
+        receiver = Receiver(engine.context, 2, address, layout_of(buckets_of(make_model())))
+        waiting = [asyncio.create_task(asyncio.to_thread(end.connect)) for end in (sender, receiver)]
+        store: Any = Meeting(address, 60).store
+        while not any(word.endswith("/1") for word in store.list_keys()):  # noqa: ASYNC110 — the server's rank's
+            await asyncio.sleep(0.01)
+        sender.give_up()
+        errors = await asyncio.gather(*waiting, return_exceptions=True)
+        await part((sender, receiver))
+        ends = await meet(engine)
+        await publish(engine, ends, make_model(seed=6), 1)
+        await part(ends)
+        return errors, await collect(engine, [ask("later", PROMPT, max_new_tokens=8)])
+
+    errors, answers = with_engine(server, use)
+    assert [type(error) for error in errors] == [RunError, RunError]
+    (completion,) = answers["later"]
+    expected = response_logprobs(make_model(seed=6), np.array(PROMPT, np.int32), completion.tokens)
     np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
 
 

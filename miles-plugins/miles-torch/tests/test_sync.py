@@ -6,6 +6,7 @@ import math
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sync_member import LAYOUT, Member, checksum
 from miles_core.errors import RunError
 from miles_core.roles import Bucket, TrainerContext
 from miles_core.testing.models import engine_context
+from miles_torch.meeting import Meeting
 from miles_torch.sync import TorchReceiver, TorchSender, _Channel
 
 
@@ -89,29 +91,29 @@ def test_all_engines_get_every_byte_and_a_replaced_engine_joins_again():
     second.end()
 
 
-def test_engines_that_do_not_connect_are_named():
+def test_engines_that_do_not_connect_are_named_and_whoever_waits_for_them_hears_that_it_was_given_up():
     sender = make_sender(3, timeout_s=1.5)
     address = sender.open()
     member = Member(1, 3)
     member.tell(f"connect {address}")
-    import time
-
-    time.sleep(6)  # until the process is up
+    assert Meeting(address, 60).missing(["connect/2"]) == []
     with pytest.raises(
         RunError, match=r"engine 0, engine 2 did not come to 'connect' within 1\.5 s; the trainer waited"
     ):
         sender.connect()
-    assert "engine 0, engine 2 did not come" in member.answer()
+    sender.give_up()
+    assert member.answer() == "RunError: weight sync: the meeting was given up."
     sender.close()
     member.end()
 
 
 def test_an_engine_that_dies_before_a_transfer_is_named():
-    sender = make_sender(1, timeout_s=5)
+    sender = make_sender(1)
     member = Member(0, 1)
     connect(sender, [member])
     member.tell("die")
     member.end()
+    sender._channel.meeting.timeout = timedelta(seconds=0.1)
     with pytest.raises(RunError, match="engine 0 did not come to 'transfer 1'"):
         sender.send(iter(make_buckets(0)))
     sender.close()

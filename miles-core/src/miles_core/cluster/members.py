@@ -22,6 +22,7 @@ import ray
 from miles_core.cluster.engine_pool import EnginePool
 from miles_core.cluster.process import MemberProcess, hooks_of, own_host
 from miles_core.cluster.session import MemberDiedError
+from miles_core.cluster.watch import watching
 from miles_core.config.schema import CriticSection, Plan, TrainerSection
 from miles_core.errors import RunError, UserError
 from miles_core.lasting import lasting_imports
@@ -49,6 +50,7 @@ class TrainerMember(MemberProcess):
         self.contexts: dict[Part, TrainerContext] = {}
         self._writing: dict[Part, Written] = {}
         self.sender: Any = None
+        self._engines: Sequence[Any] = ()
 
     def visible(self) -> str:
         """The GPUs that Ray lets this rank see."""
@@ -107,23 +109,36 @@ class TrainerMember(MemberProcess):
         """The critic takes over the weights of a policy."""
         self.parts["critic"].load_pretrained(folder)
 
-    def open_sync(self, engines: int) -> tuple[str, Sequence[BucketLayout]]:
-        """Builds the sender, anew if engines have changed. The meeting point (of rank 0) and what will be sent."""
+    def open_sync(self, engines: Sequence[Any]) -> tuple[str, Sequence[BucketLayout]]:
+        """Builds the sender for these actors, anew if they have changed. The meeting point (of rank 0) and what will be
+        sent."""
         if self.sender is not None:
             self.sender.close()
         assert self.plan.sync is not None
-        self.sender = resolve(self.plan.sync.spec.ref)(self.contexts["policy"], engines)
+        self._engines = engines
+        self.sender = resolve(self.plan.sync.spec.ref)(self.contexts["policy"], len(engines))
         return self.sender.open() if self.rank == 0 else "", self.parts["policy"].layout()
 
     def connect_sync(self) -> None:
         """Meets the engines."""
-        self.sender.connect()
+        with self._watching():
+            self.sender.connect()
+
+    def _watching(self) -> contextlib.AbstractContextManager[None]:
+        """While this rank waits for engines: if one cannot go on, none waits for it any more. Rank 0 sees to it."""
+        return watching(self._engines, self.sender.give_up) if self.rank == 0 else contextlib.nullcontext()
+
+    def give_up_sync(self) -> None:
+        """Ends the waits of other ranks and of engines, in a meeting with an engine that has failed. Of rank 0."""
+        if self.sender is not None:
+            self.sender.give_up()
 
     def publish(self, version: int) -> None:
         """Sends the weights; returns when every engine has them. If it fails, the meeting is over."""
         context, buckets = self.contexts["policy"], self.parts["policy"].export()
         try:
-            self.sender.send(buckets)
+            with self._watching():
+                self.sender.send(buckets)
         except RunError:
             self.sender.close()  # whoever still waits for this rank hears of it
             for _ in buckets:  # other ranks go on with what is a collective
@@ -266,12 +281,13 @@ class EngineMember(MemberProcess):
     async def connect_sync(
         self, address: str, gone: frozenset[int], engines: int, layout: Sequence[BucketLayout]
     ) -> None:
-        """Meets the trainer, again if engines have changed."""
-        await self._part()
-        context = dataclasses.replace(self.context, gone=gone)
-        assert self.plan.sync is not None
-        self.receiver = resolve(self.plan.sync.spec.receiver)(context, engines, address, layout)
-        await asyncio.to_thread(self.receiver.connect)
+        """Meets the trainer, again if engines have changed; after the end of a meeting that was given up."""
+        async with self.changing:
+            await self._part()
+            context = dataclasses.replace(self.context, gone=gone)
+            assert self.plan.sync is not None
+            self.receiver = resolve(self.plan.sync.spec.receiver)(context, engines, address, layout)
+            await asyncio.to_thread(self.receiver.connect)
 
     async def receive(self, version: int) -> None:
         """Receives the weights of `version` while generation is paused, or while only weights are awake. If it fails,

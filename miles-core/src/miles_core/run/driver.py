@@ -110,7 +110,7 @@ class Run:
                 self.console.say(remark, "yellow")
             await self._start_members()
             if self.engines.members:
-                await self._connect()
+                await self._meet()
         await self._take_up()
         await self._generating(new=True)
         self.observers.tell("run_start")
@@ -175,10 +175,19 @@ class Run:
         if served := [*self.engines.members, *self.teachers]:
             await self.session.ask_all(served, "start")
 
+    async def _meet(self) -> None:
+        """The trainer and the engines meet for publishing; anew, after engines have failed on the way."""
+        while True:
+            try:
+                await self._connect()
+                return
+            except RunError:
+                if not await self.engines.mend(self.collector, self.step, self.turns):
+                    raise
+
     async def _connect(self) -> None:
-        """The trainer and the engines meet for publishing."""
-        count = len(self.engines.members)
-        address, layout = (await self.session.ask_all(self.trainers, "open_sync", count))[0]
+        actors = [engine.actor for engine in self.engines.members]
+        address, layout = (await self.session.ask_all(self.trainers, "open_sync", actors))[0]
         await self.session.gather(
             [
                 *((trainer, "connect_sync", ()) for trainer in self.trainers),
@@ -379,7 +388,7 @@ class Run:
         """Starts engines again that have failed, and has the trainer meet them. Whether there were any."""
         if not self.engines.members or not await self.engines.mend(self.collector, self.step, self.turns):
             return False
-        await self._connect()
+        await self._meet()
         return True
 
     async def _training(self) -> None:

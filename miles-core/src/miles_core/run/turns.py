@@ -72,6 +72,7 @@ class Turns:
     async def make_room(self) -> None:
         """Engines can be started. What had begun of a change of turns is given up; `settle` comes next."""
         if self._sleeps and self._awake:
+            await self._session.ask(self._trainers[0], "give_up_sync")
             await self._sleep_trainer()
 
     async def settle(self) -> None:

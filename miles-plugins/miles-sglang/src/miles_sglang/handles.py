@@ -22,7 +22,6 @@ import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,13 +33,14 @@ from torch.multiprocessing.reductions import reduce_tensor
 from miles_core.errors import RunError
 from miles_core.roles import Bucket, BucketLayout, EngineContext, TrainerContext
 from miles_sglang.server import Server, beside
-from miles_sglang.sync import ask, join, listen
+from miles_sglang.sync import PATIENCE_S, ask
 from miles_torch.checksum import checksum
+from miles_torch.meeting import Meeting, open_meeting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LOST = b"lost"
+_LOST = "lost"
 """Instead of the word that a bucket is loaded: it will not be."""
 _DEVICE = 6
 """The place of the device among the arguments with which PyTorch opens CUDA memory of another process."""
@@ -126,24 +126,22 @@ class Sender:
         self._context, self._engines = context, engines
         self._store: Any = None
         self._address = ""
+        self._meeting: Meeting | None = None
         self._transfers = 0
+        self._dtypes: dict[int, torch.dtype] = {}
 
     def open(self) -> str:
         """Listens at a free port, on the address at which the other trainer ranks know this one."""
-        self._store, self._address = listen(self._context)
+        self._store, self._address = open_meeting(self._context)
         return self._address
-
-    @property
-    def _timeout(self) -> timedelta:
-        return timedelta(seconds=self._context.timeout_s)
 
     def connect(self) -> None:
         """Waits until the engine of this rank is there."""
         context = self._context
+        place = [self._address]
         if context.world_size > 1:
-            place = [self._address]
             dist.broadcast_object_list(place, src=0)
-            self._store = self._store or join(place[0], self._timeout)
+        self._meeting = Meeting(place[0], context.timeout_s)
         self._wait(f"engine {context.rank * self._engines // context.world_size}")
 
     def send(self, buckets: Iterator[Bucket]) -> None:
@@ -156,9 +154,9 @@ class Sender:
                 flat = self._whole(bucket, number)
                 if lost is not None:
                     continue
-                handle = self._hand_over(bucket, flat, number)
-                del bucket, flat
                 try:
+                    handle = self._hand_over(bucket, flat, number)
+                    del bucket, flat
                     with held.pop_all():  # the one before, which has been read meanwhile
                         held.callback(handle.close)
                         if number:
@@ -177,7 +175,11 @@ class Sender:
         handle: Handle = GpuHandle(raw) if raw.is_cuda else HostHandle(raw)
         said = checksum(raw, bucket.names, bucket.shapes, flat.dtype) if self._context.verify else "-"
         payload = base64.b64encode(parcel(bucket, flat.dtype, handle)).decode()
-        self._store.set(self._key("handle", number), f"{said} {payload}")
+        try:
+            self._words.say(self._key("handle", number), f"{said} {payload}")
+        except RunError:
+            handle.close()
+            raise
         return handle
 
     def _whole(self, bucket: Bucket, number: int) -> Tensor:
@@ -185,39 +187,46 @@ class Sender:
         flat = bucket.flat.detach().contiguous()
         if self._context.world_size == 1:
             return flat
-        key = f"dtype {number}"
-        if self._context.rank == 0:
-            self._store.set(key, str(flat.dtype).removeprefix("torch."))
-        else:
+        if number not in self._dtypes:  # by the ranks' own group, because a meeting may be given up on the way
+            known = [flat.dtype]
+            dist.broadcast_object_list(known, src=0)
+            (self._dtypes[number],) = known
+        if self._context.rank != 0:
             size = sum(math.prod(shape) for shape in bucket.shapes)
-            dtype = getattr(torch, self._store.get(key).decode())
-            flat = torch.empty(size, dtype=dtype, device="cuda" if self._context.gpus else "cpu")
+            flat = torch.empty(size, dtype=self._dtypes[number], device="cuda" if self._context.gpus else "cpu")
         dist.broadcast(flat, src=0)
         return flat
+
+    @property
+    def _words(self) -> Meeting:
+        assert self._meeting is not None, "connect first"
+        return self._meeting
 
     def _loaded(self, number: int) -> None:
         """Waits until the bucket is loaded."""
         key = self._key("loaded", number)
         self._wait(key)
-        if self._store.get(key) == _LOST:
+        if self._words.hear(key) == _LOST:
             raise RunError(f"weight sync: the server of the trainer's rank {self._context.rank} has not loaded all")
-        self._store.delete_key(key)
+        self._words.forget(key)
 
     def _key(self, word: str, number: int) -> str:
         return f"{word} {self._transfers}/{number}/{self._context.rank}"
 
     def _wait(self, key: str) -> None:
-        try:
-            self._store.wait([key], self._timeout)
-        except dist.DistError as error:
+        if self._words.missing([key]):
             raise RunError(
                 f"weight sync: the trainer's rank {self._context.rank} waited for {key!r} of its server for "
                 f"{self._context.timeout_s:g} s"
-            ) from error
+            )
+
+    def give_up(self) -> None:
+        """Lets the store go, and with it whoever waits."""
+        self._store = None
 
     def close(self) -> None:
         """Ends the meeting; `open` starts a new one."""
-        self._store = None
+        self._meeting = self._store = None
 
 
 class Receiver:
@@ -230,33 +239,34 @@ class Receiver:
         self._index, self._transfers = context.index, 0
         first = context.index * self._server.ranks
         self._ranks = range(first, first + self._server.ranks)
-        self._store: Any = None
+        self._meeting: Meeting | None = None
 
     def connect(self) -> None:
         """Tells the trainer that this engine is there."""
-        self._store = join(self._address)
-        self._store.set(f"engine {self._index}", "")
+        self._meeting = Meeting(self._address, PATIENCE_S)
+        self._meeting.say(f"engine {self._index}")
 
     def receive(self, load: Callable[[Sequence[str], Sequence[Tensor]], None]) -> None:
         """Has the server load all buckets of one transfer. It hears of one more while it loads one."""
+        assert self._meeting is not None, "connect first"
         self._transfers += 1
         try:
-            self._receive()
-        except RunError:  # the trainer need not wait for what will not come
-            for number in range(len(self._layout)):
-                for key in self._keys(number):
-                    self._store.set(f"loaded {key}", _LOST.decode())
+            self._receive(self._meeting)
+        except RunError:
+            with contextlib.suppress(RunError):  # the trainer need not wait for what will not come
+                for key in (key for number in range(len(self._layout)) for key in self._keys(number)):
+                    self._meeting.say(f"loaded {key}", _LOST)
             raise
 
-    def _receive(self) -> None:
+    def _receive(self, meeting: Meeting) -> None:
         asked: deque[tuple[int, str, Future[str]]] = deque()
         with ThreadPoolExecutor(2) as pool:
             for number in range(len(self._layout)):
-                said = [self._store.get(f"handle {key}").decode().split() for key in self._keys(number)]
+                said = [meeting.hear(f"handle {key}").split() for key in self._keys(number)]
                 asked.append((number, said[0][0], pool.submit(self._load, [payload for _, payload in said])))
                 if number:
-                    self._loaded(*asked.popleft())
-            self._loaded(*asked.popleft())
+                    self._loaded(meeting, *asked.popleft())
+            self._loaded(meeting, *asked.popleft())
 
     def _keys(self, number: int) -> list[str]:
         return [f"{self._transfers}/{number}/{rank}" for rank in self._ranks]
@@ -270,7 +280,7 @@ class Receiver:
             flush_cache=False,  # each version has its own part of the cache, see `tagging`
         )
 
-    def _loaded(self, number: int, sent: str, answer: Future[str]) -> None:
+    def _loaded(self, meeting: Meeting, number: int, sent: str, answer: Future[str]) -> None:
         """Tells the trainer that a bucket is loaded, when it is."""
         if not answer.result().endswith(f"={sent}") and self._verify:
             raise RunError(
@@ -278,9 +288,9 @@ class Receiver:
                 f"the trainer has sent (log: {self._server.log})"
             )
         for key in self._keys(number):
-            self._store.delete_key(f"handle {key}")
-            self._store.set(f"loaded {key}", "")
+            meeting.forget(f"handle {key}")
+            meeting.say(f"loaded {key}")
 
     def close(self) -> None:
         """Leaves the meeting."""
-        self._store = None
+        self._meeting = None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -21,18 +20,20 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
 from miles_core.errors import RunError
 from miles_core.roles import Bucket, BucketLayout, EngineContext, TrainerContext
 from miles_sglang.server import Server, beside
 from miles_torch.checksum import checksum
+from miles_torch.meeting import Meeting, open_meeting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 GROUP: Any = "miles"  # a str; what PyTorch calls its type has changed
+PATIENCE_S = 300.0
+"""How long an engine waits for a word of the trainer's; its context has no time limit of its own."""
 
 
 class Sender:
@@ -41,12 +42,14 @@ class Sender:
     def __init__(self, context: TrainerContext, engines: int) -> None:
         self._context, self._engines = context, engines
         self._store: Any = None
+        self._meeting: Meeting | None = None
         self._group: Any = None
         self._transfers = 0
 
     def open(self) -> str:
         """Listens at a free port, on the address at which the other trainer ranks know this one."""
-        self._store, address = listen(self._context)
+        self._store, address = open_meeting(self._context)
+        self._meeting = Meeting(address, self._context.timeout_s)
         return address.replace("tcp", "nccl" if self._context.gpus else "gloo", 1)
 
     @property
@@ -57,10 +60,11 @@ class Sender:
         """Waits until the ranks of all servers are there."""
         if self._context.rank != 0:
             return
+        assert self._meeting is not None, "open first"
         # The first receiver says how many ranks a server has: the same of all, since all have the same options.
-        ranks = int(self._store.get("ranks")) * self._engines + 1
+        ranks = int(self._meeting.hear("ranks")) * self._engines + 1
         backend = Backend("nccl" if self._context.gpus else "gloo")
-        store = PrefixStore(GROUP, self._store)
+        store = PrefixStore(GROUP, self._meeting.store)
         try:
             self._group, _ = _new_process_group_helper(
                 ranks,
@@ -81,21 +85,26 @@ class Sender:
         for number, bucket in enumerate(buckets):
             if self._context.rank != 0:
                 continue
+            assert self._meeting is not None, "open first"
             assert self._group is not None, "connect first"
             flat = bucket.flat.contiguous().view(torch.uint8)
             if self._context.verify:
                 said = checksum(flat, bucket.names, bucket.shapes, bucket.flat.dtype)
-                self._store.set(f"checksum {self._transfers}/{number}", said)
+                self._meeting.say(f"checksum {self._transfers}/{number}", said)
             try:
                 dist.broadcast(flat.cuda() if self._context.gpus else flat.cpu(), src=0, group=self._group)
             except RuntimeError as error:
                 raise RunError(f"weight sync: the transfer broke off at the trainer: {error}") from error
 
+    def give_up(self) -> None:
+        """Lets the store go, and with it whoever waits."""
+        self._store = None
+
     def close(self) -> None:
         """Ends the meeting; `open` starts a new one."""
         if self._group is not None:
             dist.destroy_process_group(self._group)
-        self._group = self._store = None
+        self._group = self._meeting = self._store = None
 
 
 class Receiver:
@@ -105,14 +114,14 @@ class Receiver:
     def __init__(self, context: EngineContext, engines: int, address: str, layout: Sequence[BucketLayout]) -> None:
         self._server: Server = beside(context)
         self._verify, self._transfers = context.verify, 0
-        self._store: Any = None
+        self._meeting: Meeting | None = None
         self._place, self._engines, self._layout = context.place, engines, tuple(layout)
         self._address = address
 
     def connect(self) -> None:
         """Has the server's ranks join the trainer."""
-        self._store = join(self._address)
-        self._store.set("ranks", str(self._server.ranks))
+        self._meeting = Meeting(self._address, PATIENCE_S)
+        self._meeting.say("ranks", str(self._server.ranks))
         place = urlsplit(self._address)
         ask(
             self._server,
@@ -147,41 +156,13 @@ class Receiver:
 
     def _sent(self, number: int) -> str:
         """The checksum of a bucket of this transfer, as the trainer says it."""
-        sent: bytes = self._store.get(f"checksum {self._transfers}/{number}")
-        return sent.decode()
+        assert self._meeting is not None, "connect first"
+        return self._meeting.hear(f"checksum {self._transfers}/{number}")
 
     def close(self) -> None:
         """Leaves the meeting, unless the server has ended before."""
         with contextlib.suppress(RunError):
             ask(self._server, "destroy_weights_update_group", group_name=GROUP)
-
-
-# ---- Words: with the other members, and with a server ---------------------------------------------------------------
-
-
-def listen(context: TrainerContext) -> tuple[TCPStore, str]:
-    """A store at a free port, on the address at which the other trainer ranks know this one; and where that is."""
-    host = urlsplit(context.address).hostname
-    assert host is not None, f"{context.address} is not an address like tcp://host:port"
-    listener = socket.create_server((host, 0))
-    port: int = listener.getsockname()[1]
-    store = TCPStore(
-        host,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=context.timeout_s),
-        master_listen_fd=listener.detach(),
-    )
-    return store, f"tcp://{host}:{port}"
-
-
-def join(address: str, timeout: timedelta = timedelta(minutes=5)) -> TCPStore:
-    """The store at an address."""
-    place = urlsplit(address)
-    assert place.hostname is not None
-    assert place.port is not None
-    return TCPStore(place.hostname, place.port, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 def ask(server: Server, path: str, **body: Any) -> str:

@@ -13,29 +13,20 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
 
 from miles_core.errors import RunError
 from miles_core.roles import Bucket, BucketLayout, EngineContext, TrainerContext
 from miles_torch.checksum import checksum
+from miles_torch.meeting import Meeting, open_meeting
 
 CONNECT_TIMEOUT_S = 120.0
 """For engines, whose context has no time limit of its own; the trainer's comes from the run."""
-
-
-def _host_of(address: str) -> str:
-    host = urlsplit(address).hostname
-    if host is None:
-        raise ValueError(f"{address!r} is not an address like tcp://host:port")
-    return host
 
 
 def _own_host(peer: str, port: int) -> str:
@@ -47,45 +38,47 @@ def _own_host(peer: str, port: int) -> str:
 
 
 class _Channel:
-    """One member's end: the store for words, the group for bytes."""
+    """One member's end: the meeting for words, the group for bytes. host: this machine, for the others."""
 
-    def __init__(self, store: Store, rank: int, size: int, host: str, timeout_s: float) -> None:
-        self.store, self.rank, self.size, self.host = store, rank, size, host
-        self.timeout = timedelta(seconds=timeout_s)
+    def __init__(self, meeting: Meeting, rank: int, size: int, host: str) -> None:
+        self.meeting, self.rank, self.size, self.host = meeting, rank, size, host
         self.transfers = 0
         self.cuda = False
         self.group: Any = None
 
     def say(self, word: str) -> None:
-        self.store.set(f"{word}/{self.rank}", "")
+        self.meeting.say(f"{word}/{self.rank}")
 
     def hear(self, word: str, ranks: Sequence[int]) -> None:
         """Waits until all of `ranks` have said `word`; the error names those that have not."""
-        try:
-            self.store.wait([f"{word}/{rank}" for rank in ranks], self.timeout)
-        except dist.DistError as error:
-            missing = [_member(rank) for rank in ranks if not self.store.check([f"{word}/{rank}"])]
+        words = {f"{word}/{rank}": _member(rank) for rank in ranks}
+        if missing := self.meeting.missing([*words]):
             raise RunError(
-                f"weight sync: {', '.join(missing) or 'nobody'} did not come to '{word}' within "
-                f"{self.timeout.total_seconds():g} s; {_member(self.rank)} waited."
-            ) from error
+                f"weight sync: {', '.join(words[one] for one in missing)} did not come to '{word}' within "
+                f"{self.meeting.timeout.total_seconds():g} s; {_member(self.rank)} waited."
+            )
 
     def join(self, gpus: int) -> None:
         """Meets all members and builds the group."""
-        self.store.set(f"gpu/{self.rank}", str(int(gpus > 0)))
+        self.meeting.say(f"gpu/{self.rank}", str(int(gpus > 0)))
         self.say("connect")
         self.hear("connect", range(self.size))
-        self.cuda = all(int(self.store.get(f"gpu/{rank}")) for rank in range(self.size))
-        store = PrefixStore("group", self.store)
+        self.cuda = all(int(self.meeting.hear(f"gpu/{rank}")) for rank in range(self.size))
+        try:
+            self.group = self._group()
+        except RuntimeError as error:
+            raise RunError(f"weight sync: {_member(self.rank)} has not reached all others: {error}") from error
+
+    def _group(self) -> Any:
+        store = PrefixStore("group", self.meeting.store)
         if self.cuda:
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = self.timeout
-            self.group = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
-        else:
-            options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-            options._devices = [ProcessGroupGloo.create_device(hostname=self.host)]
-            options._timeout = self.timeout
-            self.group = ProcessGroupGloo(store, self.rank, self.size, options)
+            options._timeout = self.meeting.timeout
+            return dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = [ProcessGroupGloo.create_device(hostname=self.host)]
+        options._timeout = self.meeting.timeout
+        return ProcessGroupGloo(store, self.rank, self.size, options)
 
     @property
     def device(self) -> torch.device:
@@ -127,23 +120,15 @@ class TorchSender:
 
     def __init__(self, context: TrainerContext, engines: int) -> None:
         self._context, self._engines = context, engines
+        self._store: Any = None
         self._channel: _Channel | None = None
 
     def open(self) -> str:
         """Listens on the address at which the other trainer ranks know this one, at a free port."""
-        host = _host_of(self._context.address)
-        listener = socket.create_server((host, 0))
-        port: int = listener.getsockname()[1]
-        store = TCPStore(
-            host,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=self._context.timeout_s),
-            master_listen_fd=listener.detach(),
-        )
-        self._channel = _Channel(store, 0, self._engines + 1, host, self._context.timeout_s)
-        return f"tcp://{host}:{port}"
+        self._store, address = open_meeting(self._context)
+        meeting = Meeting(address, self._context.timeout_s)
+        self._channel = _Channel(meeting, 0, self._engines + 1, meeting.host)
+        return address
 
     def connect(self) -> None:
         """Waits until all engines are there; the error names those that are not."""
@@ -164,15 +149,19 @@ class TorchSender:
         for number, bucket in enumerate(buckets):
             if self._context.verify:
                 said = checksum(bucket.flat, bucket.names, bucket.shapes, bucket.flat.dtype)
-                channel.store.set(_checksum_key(channel, number), said)
+                channel.meeting.say(_checksum_key(channel, number), said)
             channel.broadcast(bucket.flat.to(channel.device))
         channel.hear(f"loaded {channel.transfers}", range(1, channel.size))
+
+    def give_up(self) -> None:
+        """Lets the store go, and with it whoever waits."""
+        self._store = None
 
     def close(self) -> None:
         """Ends the meeting; `open` starts a new one."""
         if self._channel is not None:
             self._channel.close()
-        self._channel = None
+        self._channel = self._store = None
 
 
 class TorchReceiver:
@@ -185,16 +174,9 @@ class TorchReceiver:
 
     def connect(self) -> None:
         """Goes to the trainer's meeting point and waits for the other members."""
-        parts = urlsplit(self._address)
-        host, port = _host_of(self._address), parts.port
-        assert port is not None, f"{self._address} has no port"
-        timeout = timedelta(seconds=CONNECT_TIMEOUT_S)
-        try:
-            store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-        except dist.DistError as error:
-            raise RunError(f"weight sync: the trainer does not answer at {self._address}.") from error
-        rank = self._context.place + 1
-        self._channel = _Channel(store, rank, self._engines + 1, _own_host(host, port), CONNECT_TIMEOUT_S)
+        meeting = Meeting(self._address, CONNECT_TIMEOUT_S)
+        host = _own_host(meeting.host, meeting.port)
+        self._channel = _Channel(meeting, self._context.place + 1, self._engines + 1, host)
         self._channel.join(self._context.gpus)
 
     def receive(self, load: Callable[[Sequence[str], Sequence[Tensor]], None]) -> None:
@@ -213,7 +195,7 @@ class TorchReceiver:
     def _compare(self, channel: _Channel, number: int, flat: Tensor) -> None:
         bucket = self._layout[number]
         if not self._context.verify or (
-            channel.store.get(_checksum_key(channel, number)).decode()
+            channel.meeting.hear(_checksum_key(channel, number))
             == checksum(flat, bucket.names, bucket.shapes, flat.dtype)
         ):
             return
