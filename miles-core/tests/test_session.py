@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import os
 import pickle
 import subprocess
@@ -266,6 +267,18 @@ def test_a_full_disk_in_a_member_needs_no_traceback(worker: Worker) -> None:
         worker.work(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights.safetensors"))
     assert caught.value.message == "trainer 1 cannot write weights.safetensors: No space left on device"
     assert caught.value.cause is None
+
+
+def test_a_full_disk_is_told_of_although_the_log_is_on_it(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "buffer.npz")
+
+    def refuse() -> None:
+        raise full
+
+    monkeypatch.setattr(sys, "stderr", log := io.StringIO())
+    monkeypatch.setattr(log, "flush", refuse)
+    with pytest.raises(RunError, match=r"^trainer 1 cannot write buffer\.npz: No space left on device$"):
+        asyncio.run(worker.wait(full))
 
 
 def test_only_what_others_call_is_guarded(worker: Worker) -> None:

@@ -78,8 +78,9 @@ class MemberProcess:
 
     def _failure(self, error: Exception, method: str) -> UserError | RunError:
         """What went wrong, as an error for people; the traceback goes into the log too."""
-        sys.stderr.write("".join(traceback.format_exception(error)))
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # the log may be on the full disk that is to be told of
+            sys.stderr.write("".join(traceback.format_exception(error)))
+            sys.stderr.flush()
         return explained(error, self.name, f"in {method} (log: {self.log})")
 
     def _enter(self) -> None:

@@ -106,7 +106,7 @@ def make_tokenizer(name: str, folder: Path) -> dict[str, int]:
         raise UserError(f"there is no tokenizer {name!r} to make for a new model. {nearest(name, _BYTES)}")
     made = _byte_level(_BYTES[name])
     folder.mkdir(parents=True, exist_ok=True)
-    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(made.to_str(pretty=True), "utf-8")  # `save` has no OSError for a full disk
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": PAD,
