@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,32 @@ def test_bad_input_is_refused_at_once(miles: Miles, arguments: list[str], messag
     assert message in ended.err
     assert "Traceback" not in ended.err
     assert not (miles.folder / "runs").exists() or not list((miles.folder / "runs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("room", "message"),
+    [
+        (1000, "Error: no temporary file can be written: File too large; set TMPDIR to where there is room\n"),
+        (3000, "Error: the run folder {folder} cannot be made: File too large; set folder=… to where there is room\n"),
+    ],
+)
+def test_a_disk_that_is_full_from_the_beginning_leaves_no_folder(
+    room: int, message: str, miles: Miles, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Which refuses files of so many bytes: the new model's tokenizer, or the manifest."""
+    from miles_core.cli.main import main
+
+    monkeypatch.chdir(miles.folder)
+    Path("full.toml").write_text(RUN.replace('callbacks = ["probe"]', "").replace('"even"', '"exact"'))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        code = main(["train", "full.toml"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    folder = miles.folder / "runs/full"
+    assert (code, capfd.readouterr().err) == (2, message.format(folder=folder))
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("folder", ["taken/there", "nowhere"])

@@ -211,6 +211,20 @@ def test_a_run_that_needs_a_broken_one_stops_with_its_own_traceback(run_file: st
     assert ("acme_exits.py" in done.stderr) == (":" not in name)  # it may be any failed plugin's
 
 
+@pytest.mark.parametrize("family", ["acme-raises:thing", "lost"])
+def test_a_model_family_of_a_broken_plugin_stops_with_its_own_traceback(
+    run_file: str, hostile: Any, family: str
+) -> None:
+    record = "ModelSpec(name='lost', architectures=frozenset({'None'}), ref='acme_lost_family:Family', summary='s')"
+    hook = f"@hookimpl\ndef miles_models():\n    yield {record}\n"
+    hostile.install("acme-family", hook, acme_lost_family="raise OSError('libfamily.so is not here')")
+    done = hostile.run("-p", "no:acme-hangs", "plan", run_file, f"model.family={family}")
+    assert done.returncode == 2
+    assert f"Error: flag model.family={family}: " in done.stderr
+    assert ("libfamily.so is not here" if family == "lost" else "libcudart.so.12 is not here") in done.stderr
+    assert 'py", line ' in done.stderr.partition("Error: flag")[0]
+
+
 TAKEN = {
     "advantages": "AdvantageSpec(name='grpo', groups=True, ref='a:b', summary='s')",
     "data_sources": "DataSourceSpec(name='reasoning-gym', ref='a:b', summary='s')",

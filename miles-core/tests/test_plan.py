@@ -46,7 +46,7 @@ from miles_core.config.schema import Plan
 from miles_core.config.traits import loss_columns
 from miles_core.errors import UserError
 from miles_core.plugins import Catalog, Plugin
-from miles_core.run.folder import check_folder, load_plan, write_run_files
+from miles_core.run.folder import claim, load_plan, write_run_files
 from miles_core.run.model import prepare_model
 from miles_core.run.plan import make_plan
 
@@ -1018,13 +1018,34 @@ def test_a_default_name_avoids_existing_folders_and_a_given_one_does_not() -> No
     Path("runs/run").mkdir(parents=True)
     Path("runs/run-2").mkdir()
     assert plan_of(RUN).name == "run-3"
-    check_folder(plan_of(RUN))
     named = plan_of(RUN, "name=run")
     assert named.folder == Path.cwd() / "runs" / "run"
     with pytest.raises(
         UserError, match=r"run folder .*/runs/run exists already; choose another name .* miles resume .*"
     ):
-        check_folder(named)
+        claim(named)
+
+
+def test_of_runs_that_begin_at_once_each_has_a_folder_of_its_own() -> None:
+    first, second = plan_of(RUN), plan_of(RUN)
+    assert claim(first)
+    write_run_files(first, first.folder)
+    assert not claim(second)
+    assert load_plan(first.folder, catalog()) == first
+    again = plan_of(RUN)
+    assert claim(again)
+    assert again.folder == Path.cwd() / "runs/run-2"
+    one, other = (plan_of(RUN, "name=mine") for _ in range(2))
+    assert claim(one)
+    with pytest.raises(UserError, match=r"runs/mine exists already"):
+        claim(other)
+
+
+def test_a_link_to_nowhere_is_no_name_that_somebody_else_was_quicker_with() -> None:
+    Path("runs").mkdir()
+    Path("runs/run").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"runs/run exists already"):
+        claim(plan_of(RUN))
 
 
 def test_a_plan_says_how_to_continue_when_given_a_run_folder() -> None:

@@ -11,6 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from miles_core.config.schema import Plan
+    from miles_core.plugins import Catalog
     from miles_core.run.checkpoint import Checkpoint
 
 
@@ -28,32 +29,30 @@ def train(target: str, overrides: tuple[str, ...]) -> None:
     """
     from miles_core.config.layers import open_catalog
     from miles_core.config.model import load_family
-    from miles_core.run.folder import check_folder, locked, removed_if_refused
+    from miles_core.run.folder import locked, removed_if_refused, write_run_files, writing
     from miles_core.run.model import prepare_model
-    from miles_core.run.plan import make_plan
     from miles_core.specs import ModelSpec
 
     catalog = open_catalog(target, overrides)
-    plan = make_plan(target, overrides, catalog)
-    check_folder(plan)
-    family = load_family(catalog.get(ModelSpec, plan.model.family)) if plan.model.family else None
-    _write(plan)
-    with removed_if_refused(plan.folder), locked(plan.folder):
-        model = prepare_model(plan.model, family, plan.folder / "model")
+    plan = _claimed(target, overrides, catalog)
+    with locked(plan.folder), removed_if_refused(plan.folder):
+        family = load_family(catalog.get(ModelSpec, plan.model.family)) if plan.model.family else None
+        with writing(plan.folder):
+            write_run_files(plan, plan.folder)
+            model = prepare_model(plan.model, family, plan.folder / "model")
         _run(plan, model, None)
 
 
-def _write(plan: Plan) -> None:
-    """Makes the run folder."""
-    from miles_core.errors import UserError
-    from miles_core.run.folder import write_run_files
+def _claimed(target: str, overrides: tuple[str, ...], catalog: Catalog) -> Plan:
+    """The plan, with a run folder that nobody else has. Of runs that begin at once, those that nobody has named get a
+    folder each."""
+    from miles_core.run.folder import claim
+    from miles_core.run.plan import make_plan
 
-    try:
-        write_run_files(plan, plan.folder)
-    except OSError as error:
-        raise UserError(
-            f"the run folder {plan.folder} cannot be made: {error.strerror}; set folder=… to where there is room"
-        ) from error
+    plan = make_plan(target, overrides, catalog)
+    while not claim(plan):
+        plan = make_plan(target, overrides, catalog)
+    return plan
 
 
 @click.command()

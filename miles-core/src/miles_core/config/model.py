@@ -108,15 +108,19 @@ def without_family(config: Mapping[str, Any], catalog: Catalog, backend: str | N
 def _fresh_config(model: ModelSection, name: str, origins: Mapping[str, str], catalog: Catalog) -> dict[str, Any]:
     """The config.json that the run would write, so made in the same way."""
     try:
-        entry = catalog.get(ModelSpec, name)
+        family = load_family(catalog.get(ModelSpec, name))
     except UserError as error:
-        raise UserError(f"{origins['model.family']}: {error}") from None
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            prepare_model(model, load_family(entry), Path(folder))
-        except UserError as error:
-            raise UserError(f"{_blame(str(error), origins)}: {error}") from None
-        return _read_json(Path(folder, "config.json"), origins["model.family"])
+        raise error.placed(origins["model.family"]) from error.__cause__
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            prepare_model(model, family, Path(folder))
+            return _read_json(Path(folder, "config.json"), origins["model.family"])
+    except UserError as error:
+        raise UserError(f"{_blame(str(error), origins)}: {error}") from None
+    except OSError as error:
+        raise UserError(
+            f"no temporary file can be written: {error.strerror}; set TMPDIR to where there is room"
+        ) from error
 
 
 def _blame(message: str, origins: Mapping[str, str]) -> str:

@@ -55,13 +55,31 @@ def removed_if_refused(folder: Path) -> Iterator[None]:
 # ---- What it begins with -----------------------------------------------------------------------------------------
 
 
-def check_folder(plan: Plan) -> None:
-    """Refuses a run folder that exists, before anything is written. Raises `UserError`."""
-    if plan.folder.exists():
+def claim(plan: Plan) -> bool:
+    """Makes the run folder, which is then this process's alone; False if another was quicker with a name that the user
+    has not said. Raises `UserError` if a folder of the name that was said is there, or if none can be made."""
+    with writing(plan.folder):
+        try:
+            plan.folder.mkdir(parents=True)
+        except FileExistsError:
+            if plan.origins["name"] == "default" and plan.folder.exists():
+                return False
+            raise UserError(
+                f"run folder {plan.folder} exists already; choose another name (name=…), or go on with that run: "
+                f"miles resume {plan.folder}"
+            ) from None
+    return True
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What is written before a run has begun: raises `UserError` where it cannot be."""
+    try:
+        yield
+    except OSError as error:
         raise UserError(
-            f"run folder {plan.folder} exists already; choose another name (name=…), or go on with that run: "
-            f"miles resume {plan.folder}"
-        )
+            f"the run folder {folder} cannot be made: {error.strerror or error}; set folder=… to where there is room"
+        ) from error
 
 
 def write_run_files(plan: Plan, folder: Path) -> None:
