@@ -13,7 +13,7 @@ import pytest
 from miles_core import EngineSpec, TrainerSpec
 from miles_core.config.layers import read_run
 from miles_core.config.source import dotted
-from miles_core.errors import UserError
+from miles_core.errors import MissingExtraError, UserError
 from miles_core.flags import Flag, from_parser
 from miles_core.plugins import Catalog, Plugin
 
@@ -122,6 +122,19 @@ def test_a_flag_that_one_refuses_goes_to_the_other(tmp_path: Any, catalog: Catal
 def test_what_cannot_be_set_is_refused(tmp_path: Any, catalog: Catalog, run: str, words: list[str], error: str) -> None:
     with pytest.raises(UserError, match=error):
         read(tmp_path, catalog, *words, run=run)
+
+
+def test_flags_of_one_that_is_not_installed_are_asked_for_only_if_nobody_else_has_them(
+    tmp_path: Any, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent() -> dict[str, Flag]:
+        raise MissingExtraError("pip install acme")
+
+    monkeypatch.setattr(sys.modules[MODULE], "engine_flags", absent)
+    assert read(tmp_path, catalog, "--tensor-size", "2")["trainer.parallel.tensor_size"][0] == 2
+    for words in (["--memory", "0.8"], ["--seed", "3"]):  # one that nobody else has, and one that the other refuses
+        with pytest.raises(UserError, match=f"flag {words[0]} .*: pip install acme"):
+            read(tmp_path, catalog, *words)
 
 
 def test_flags_are_not_looked_at_unless_there_are_some(tmp_path: Any, catalog: Catalog) -> None:

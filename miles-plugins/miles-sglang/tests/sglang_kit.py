@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
+import pytest
 import torch
 
 from miles_core.roles import Bucket, BucketLayout, EngineContext
@@ -27,13 +28,53 @@ REASON = "sglang is not installed: nox -s sglang"
 MAX_TOKENS = 320
 
 
+FLAGS = """
+import argparse, json, multiprocessing
+from sglang.srt.server_args import ServerArgs
+
+WORDS = {{
+    "int": "3", "float": "0.5", "human_readable_int": "2.5k", "loads": '{{"a": [1]}}', "json_list_type": '["a"]',
+    "parse_cuda_graph_config_arg": '{{"decode": {{}}}}',
+}}
+parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+
+
+def register():
+    if multiprocessing.parent_process() is None:
+        ServerArgs.add_cli_args(parser)
+        found = {{name: read(action, name) for action in parser._actions for name in action.option_strings}}
+        with open({path!r}, "w") as file:
+            json.dump(found, file)
+
+
+def read(action, name):
+    word = next(map(str, filter(None, action.choices or ())), WORDS.get(getattr(action.type, "__name__", ""), "word"))
+    words = [] if action.nargs == 0 else [word] * (2 if action.nargs in ("+", "*") else 1)
+    value = getattr(parser.parse_args(["--model-path", "m", name, *words]), action.dest)
+    return action.dest, words, value, type(action).__name__
+"""
+"""A plugin of SGLang's own: notes what its parser makes of each flag: the field, words, their value, and the kind."""
+
+
 class SharedServer(Server):
-    """A server that no engine starts or ends."""
+    """A server that no engine starts or ends. flags: what `FLAGS` notes."""
 
     def __init__(self, folder: Path) -> None:
         save_model(make_model(), folder / "model")
-        self.folder = folder
+        self.folder, self.flags = folder, folder / "flags.json"
         super().__init__({}, context_of(folder))
+
+    async def start(self) -> None:
+        """With the plugin."""
+        site = self.folder / "site"
+        info = site / "sglang_flags-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang-flags\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nflags = sglang_flags:register\n")
+        (site / "sglang_flags.py").write_text(FLAGS.format(path=str(self.flags)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+            await super().start()
 
     def let_go(self) -> None:
         """What the end of this process would do."""

@@ -26,6 +26,7 @@ class ServerArgs:
     attention_backend: A[Optional[str], Arg(help="Which.", choices=CHOICES)] = None
     chunked_prefill_size: Optional[int] = None
     enable_memory_saver: A[bool, "Whether."] = False
+    preferred_sampling_params: A[Optional[str], Arg(help="JSON.", type_parser=json.loads)] = None
     cuda_graph_bs: A[Optional[List[int]], Arg(help="Sizes.", nargs="+")] = None
     port: A[int, "Where."] = 30000
 
@@ -39,9 +40,9 @@ def declared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An SGLang that only declares options."""
     (tmp_path / "server_args.py").write_text(SERVER_ARGS)
     monkeypatch.setattr(surface, "server_args", lambda: tmp_path / "server_args.py")
-    surface.fields.cache_clear()
+    surface.declarations.cache_clear()
     yield
-    surface.fields.cache_clear()
+    surface.declarations.cache_clear()
 
 
 @pytest.mark.usefixtures("declared")
@@ -52,10 +53,14 @@ def test_options_are_the_fields_of_server_args_by_their_own_names() -> None:
         "attention_backend": "Optional[str]",
         "chunked_prefill_size": "Optional[int]",
         "enable_memory_saver": "bool",
+        "preferred_sampling_params": "Optional[str]",
         "cuda_graph_bs": "Optional[List[int]]",
         "port": "int",
     }
-    given = {"mem_fraction_static": 1, "chunked_prefill_size": 64, "enable_memory_saver": True, "cuda_graph_bs": [1]}
+    given = {
+        "mem_fraction_static": 1, "chunked_prefill_size": 64, "enable_memory_saver": True, "cuda_graph_bs": [1],
+        "preferred_sampling_params": {"top_p": 0.9},
+    }  # fmt: skip
     assert EngineOptions(server=given).server == given
 
 

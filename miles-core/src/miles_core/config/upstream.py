@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from miles_core.config.components import as_table
 from miles_core.config.source import Node, dotted, merge, written
-from miles_core.errors import UserError, close
+from miles_core.errors import MissingExtraError, UserError, close
 from miles_core.flags import Flag, Flags
 from miles_core.plugins import Catalog, resolve
 from miles_core.specs import EngineSpec, TrainerSpec
@@ -19,11 +19,12 @@ SECTIONS: Mapping[str, type[TrainerSpec] | type[EngineSpec]] = {"trainer": Train
 
 @dataclass(frozen=True, kw_only=True)
 class _Taker:
-    """A component that takes flags, in its section."""
+    """A component that takes flags, in its section. lacks: what has to be installed before it knows them."""
 
     section: str
     who: str
     flags: Flags
+    lacks: MissingExtraError | None
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -61,7 +62,15 @@ def _takers(doc: Node, catalog: Catalog) -> Iterator[_Taker]:
         except UserError as error:
             raise error.placed(f"{named.origin}: {section}") from error.__cause__
         if spec.flags is not None:
-            yield _Taker(section=section, who=f"{kind.kind} {spec.name!r}", flags=resolve(spec.flags)())
+            flags, lacks = _known(spec.flags)
+            yield _Taker(section=section, who=f"{kind.kind} {spec.name!r}", flags=flags, lacks=lacks)
+
+
+def _known(ref: str) -> tuple[Flags, MissingExtraError | None]:
+    try:
+        return resolve(ref)(), None
+    except MissingExtraError as error:  # the flag may be another's
+        return {}, error
 
 
 def _flags(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -90,6 +99,8 @@ def _find(name: str, origin: str, takers: Sequence[_Taker]) -> tuple[_Taker, Fla
         ways = " or ".join(f"{dotted((taker.section, *flag.places[0]))}=…" for taker, flag in free)
         whose = " and of ".join(taker.who for taker, _ in free)
         raise UserError(f"{origin}: {name} is a flag of {whose}; before --, say {ways}")
+    if lacks := next((taker.lacks for taker in takers if taker.lacks is not None), None):
+        raise lacks.placed(origin) from lacks
     if known:
         reasons = "; ".join(f"{taker.who}: {flag.refusal}" for taker, flag in known)
         raise UserError(f"{origin}: {name} cannot be set. {reasons}")

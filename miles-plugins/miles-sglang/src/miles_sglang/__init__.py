@@ -16,6 +16,7 @@ def miles_engines() -> Iterable[EngineSpec]:
         options="miles_sglang.options:EngineOptions",
         extra="engine",
         pause_modes=frozenset({"drain", "abort", "retract", "in-place"}),
+        flags="miles_sglang.flags:flags",
         summary="SGLang: one server a engine, started and ended with the run.",
     )
 

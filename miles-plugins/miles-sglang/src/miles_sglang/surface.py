@@ -1,12 +1,14 @@
 """SGLang's own options, as its class `ServerArgs` declares them: read from its source, without importing it.
 
-A run file names fields of that class in `[engine.server]`. What Miles sets itself is in `RESERVED`, with the reason.
+A run file names fields of that class in `[engine.server]`; `miles_sglang.flags` has them as flags. What Miles sets
+itself is in `RESERVED`, with the reason.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,29 +57,69 @@ def server_args() -> Path:
     raise MissingExtraError(f"engine 'sglang' needs sglang, which is not installed: {INSTALL}")
 
 
-@cache
-def fields() -> Mapping[str, str]:
-    """Name -> type as written, of every field of `ServerArgs`."""
+@dataclass(frozen=True)
+class Declared:
+    """A field as the source has it. type: as written; arg: what `Arg(…)` says beside it of its flag, as expressions."""
+
+    type: str
+    arg: Mapping[str, ast.expr]
+
+    def source(self, name: str) -> str | None:
+        """What it says of `name`, as written."""
+        return ast.unparse(self.arg[name]) if name in self.arg else None
+
+    def said(self, name: str) -> Any:
+        """The value of that, which is a literal; None if it says nothing."""
+        return ast.literal_eval(self.arg[name]) if name in self.arg else None
+
+
+def _body() -> list[ast.stmt]:
     tree = ast.parse(server_args().read_text(encoding="utf-8"))
     (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "ServerArgs")
+    return body
+
+
+@cache
+def declarations() -> Mapping[str, Declared]:
+    """Every field of `ServerArgs`."""
     return {
-        node.target.id: _type_of(node.annotation)
-        for node in body
+        node.target.id: _declared(node.annotation)
+        for node in _body()
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
 
 
-def _type_of(annotation: ast.expr) -> str:
-    """The type in `A[type, help, …]`, which is short for `Annotated`."""
-    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "A":
-        parts = annotation.slice
-        annotation = parts.elts[0] if isinstance(parts, ast.Tuple) else parts
-    return ast.unparse(annotation)
+def _declared(annotation: ast.expr) -> Declared:
+    """What `A[type, help or Arg(…), …]` says, which is short for `Annotated`."""
+    if not (isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "A"):
+        return Declared(ast.unparse(annotation), {})
+    parts = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+    args = [part for part in parts if isinstance(part, ast.Call) and ast.unparse(part.func) == "Arg"]
+    said = {keyword.arg: keyword.value for arg in args for keyword in arg.keywords if keyword.arg}
+    return Declared(ast.unparse(parts[0]), said)
+
+
+def fields() -> Mapping[str, str]:
+    """Name -> type as written, of every field of `ServerArgs`."""
+    return {name: declared.type for name, declared in declarations().items()}
+
+
+def old_flags() -> Mapping[str, str | None]:
+    """The flags that SGLang adds by hand, most of them because it has given them up -> what to say instead of them."""
+    (method,) = (node for node in _body() if isinstance(node, ast.FunctionDef) and node.name == "add_cli_args")
+    calls = [node for node in ast.walk(method) if isinstance(node, ast.Call)]
+    added = [call for call in calls if ast.unparse(call.func) == "parser.add_argument"]
+    return {ast.literal_eval(call.args[0]): _new_flag(call) for call in added}
+
+
+def _new_flag(call: ast.Call) -> str | None:
+    said = {keyword.arg: keyword.value for keyword in call.keywords}
+    return str(ast.literal_eval(said["new_flag"])) if "new_flag" in said else None
 
 
 def check(given: Mapping[str, Any]) -> None:
     """Refuses fields that SGLang does not have, that Miles sets, and plain values of another type. `UserError`."""
-    known = fields() if given else {}
+    known = declarations() if given else {}
     for name, value in given.items():
         if name in RESERVED:
             raise UserError(f"server.{name} cannot be set: {RESERVED[name]}")
@@ -86,9 +128,14 @@ def check(given: Mapping[str, Any]) -> None:
         _check_type(name, value, known[name])
 
 
-def _check_type(name: str, value: Any, written: str) -> None:
-    """Of the types that TOML has too; all others are SGLang's to check."""
-    kind = written.removeprefix("Optional[").removesuffix("]") if written.startswith("Optional[") else written
-    wanted = _SCALARS.get(kind)
+def _check_type(name: str, value: Any, declared: Declared) -> None:
+    """Of the types that TOML has too; all others, and what a flag says as JSON, are SGLang's to check."""
+    kind = without_none(declared.type)
+    wanted = None if "json" in (declared.source("type_parser") or "") else _SCALARS.get(kind)
     if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool")):
         raise UserError(f"server.{name} must be {kind}, got {value!r}")
+
+
+def without_none(written: str) -> str:
+    """X of `Optional[X]`."""
+    return written.removeprefix("Optional[").removesuffix("]") if written.startswith("Optional[") else written
