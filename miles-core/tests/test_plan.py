@@ -48,7 +48,7 @@ from miles_core.errors import UserError
 from miles_core.plugins import Catalog, Plugin
 from miles_core.run.folder import claim, load_plan, write_run_files
 from miles_core.run.model import prepare_model
-from miles_core.run.plan import make_plan
+from miles_core.run.plan import RUN_KEYS, STAGE_KEYS, make_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -565,7 +565,13 @@ def test_an_adapted_kl_coefficient_needs_one_to_begin_with() -> None:
         ("model.family=tin", "unknown model 'tin'. Did you mean 'tiny'?"),
         ("model.path=no/such/folder", "model.path 'no/such/folder' is no folder, and no hub name"),
         ("name=a/b", "name must be made of letters"),
-        ("seed=-1", "seed must not be negative, got -1"),
+        ("seed=-1", "seed must not be negative, and below 2^63, got -1"),
+        ("seed=9223372036854775808", "seed must not be negative, and below 2^63, got 9223372036854775808"),
+        ("reward.timeout_s=inf", "reward.0.timeout_s must be positive and at most 10000000, got inf"),
+        ("reward.weight=-inf", "reward.0.weight must be finite, got -inf"),
+        ("cluster.deadline_s=1e300", "cluster.deadline_s must be positive and at most 10000000, got 1e+300"),
+        ("recipe=basic", "no flag chooses the recipe; name it in the place of run.toml, or in a run file"),
+        ("xyz=1", f"a run file has no key 'xyz'. Known: {', '.join(sorted({*RUN_KEYS, *STAGE_KEYS}))}."),
         ("reward.name=comparer", "reward.0: unknown reward 'comparer'. Did you mean 'compare'?"),
         ("trackers.0.x=1", "trackers.0 must be a table with the name of a tracker; known: log-book"),
         ("stages=5", "stages must be tables that begin with [[stages]], at least one"),

@@ -82,7 +82,7 @@ def close(name: str, known: Iterable[str]) -> list[str]:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence with the closest known names, or all of them when none is close."""
-    names = sorted(known)
+    names = sorted(set(known))
     if not names:
         return "There are none."
     if matches := close(name, names):

@@ -46,7 +46,12 @@ def read_run(
     else:
         entry = _recipe(target, catalog)
         layers, name = _recipe_layers(entry, catalog, check, ()), entry.spec.name
-    amendments = [*layers[1:], read_flags(overrides)]
+    said = read_flags(overrides)
+    if (recipe := said.value.get("recipe")) is not None:
+        raise UserError(
+            f"{recipe.origin}: no flag chooses the recipe; name it in the place of {target}, or in a run file"
+        )
+    amendments = [*layers[1:], said]
     doc = layers[0]
     for layer in amendments:
         doc = merge(doc, layer)

@@ -5,6 +5,7 @@ Sections whose component comes from a plugin hold core's own keys (named here) b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -35,6 +36,9 @@ S_co = TypeVar("S_co", bound=Spec, covariant=True)
 OldPolicy = Literal["recompute", "rollout", "interpolate"]
 Aggregation = Literal["token", "sequence", "sequence-sum", "group", "constant"]
 
+LONGEST_S = 10_000_000
+"""The longest time limit, in seconds: some months."""
+
 
 def _positive(section: str, **values: float) -> None:
     for name, value in values.items():
@@ -46,6 +50,12 @@ def _not_negative(section: str, **values: float) -> None:
     for name, value in values.items():
         if value < 0:
             raise ValueError(f"{section}.{name} must not be negative, got {value}")
+
+
+def _limit(name: str, seconds: float) -> None:
+    """No system's clocks take any number of seconds."""
+    if not 0 < seconds <= LONGEST_S:
+        raise ValueError(f"{name} must be positive and at most {LONGEST_S}, got {seconds}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +171,9 @@ class RewardSection:
     timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
-        if self.timeout_s <= 0:
-            raise ValueError(f"reward.timeout_s must be positive, got {self.timeout_s}")
+        _limit("timeout_s", self.timeout_s)
+        if not math.isfinite(self.weight):
+            raise ValueError(f"weight must be finite, got {self.weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,8 +338,7 @@ class ClusterSection:
     deadline_s: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.deadline_s <= 0:
-            raise ValueError(f"cluster.deadline_s must be positive, got {self.deadline_s}")
+        _limit("deadline_s", self.deadline_s)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,8 +88,8 @@ class _Run:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.+-]*", self.name):
             raise ValueError(f"name must be made of letters, digits and any of _ . + -, got {self.name!r}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must not be negative, and below 2^63, got {self.seed}")
 
     @property
     def parent(self) -> Path:
