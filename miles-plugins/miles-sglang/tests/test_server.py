@@ -73,6 +73,12 @@ def test_with_gpus_the_server_takes_them_all_and_sglangs_own_defaults(tmp_path: 
     assert not {"device", "attention_backend", "mem_fraction_static"} & fields.keys()
 
 
+def test_a_server_whose_ranks_are_not_its_gpus_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "raise AssertionError")
+    with pytest.raises(UserError, match=r"server\.tp_size is 4 and engine\.gpus 2: set engine\.gpus alone"):
+        asyncio.run(Server({"tp_size": 4}, context_of(tmp_path, gpus=2)).start())
+
+
 @pytest.mark.parametrize(
     ("said", "mend"),
     [

@@ -157,6 +157,14 @@ class Session:
                     f"the run needs {self._needs()}, but the cluster has {int(have.get(kind, 0))} {kind}s; "
                     "lower engine.count, engine.gpus or trainer.gpus"
                 )
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        for name, needs in bundles(self._places).items():
+            if not any(all(machine.get(kind, 0) >= count for kind, count in needs.items()) for machine in machines):
+                wanted = " and ".join(f"{count} {kind}s" for kind, count in needs.items())
+                raise UserError(
+                    f"{name} needs {wanted} of one machine, and none of the cluster's has as many; an engine runs on "
+                    "one machine: lower engine.gpus"
+                )
 
     def _needs(self) -> str:
         cpus = sum(place.cpus for place in self._places.values())

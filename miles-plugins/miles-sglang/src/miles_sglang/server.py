@@ -107,7 +107,7 @@ class Server:
     """
 
     def __init__(self, options: Mapping[str, Any], context: EngineContext) -> None:
-        self.ranks = int(options.get("tp_size", max(context.gpus, 1))) * int(options.get("pp_size", 1))
+        self.ranks = int(options.get("tp_size", max(context.gpus, 1)))
         self.name, self.log = f"engine {context.index}", context.folder / f"sglang-{context.index}.log"
         self.url = ""
         self._mark = secrets.token_hex(8)  # by which it is told from whoever else may answer at its port
@@ -119,6 +119,10 @@ class Server:
         surface.server_args()  # says what to install if there is none
         if (found := version("sglang")) != TESTED:
             raise UserError(f"engine 'sglang' works with sglang {TESTED}, and {found} is installed: {surface.INSTALL}")
+        if self._context.gpus not in (0, self.ranks):
+            raise UserError(
+                f"server.tp_size is {self.ranks} and engine.gpus {self._context.gpus}: set engine.gpus alone"
+            )
         _check_sleep(arguments(self._options, self._context), self._context)
         for attempt in range(1, ATTEMPTS + 1):
             self._launch(_free_port())

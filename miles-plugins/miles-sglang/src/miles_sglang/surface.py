@@ -19,6 +19,7 @@ from miles_core.errors import MissingExtraError, UserError, nearest
 INSTALL = "pip install 'miles-sglang[engine]' (without a GPU, see the README of miles-sglang)"
 
 _ONE_MACHINE = "an engine runs on one machine"
+_LOOPBACK = "servers listen on loopback only"
 RESERVED: Mapping[str, str] = {
     "model_path": "it is the run's model; set model.path",
     "load_format": "weights are published by the trainer",
@@ -26,7 +27,7 @@ RESERVED: Mapping[str, str] = {
     "context_length": "set model.max_tokens",
     "random_seed": "set seed",
     "device": "it follows from engine.gpus",
-    "host": "servers listen on loopback only",
+    "host": _LOOPBACK,
     "port": "every server takes a free port",
     "weight_version": "Miles counts the versions of the weights",
     "nnodes": _ONE_MACHINE,
@@ -37,8 +38,12 @@ RESERVED: Mapping[str, str] = {
     "smg_grpc_mode": "Miles speaks HTTP with the server",
     "tokenizer_worker_num": "pausing needs one tokenizer process",
     "dp_size": "set engine.count",
-    "api_key": "servers listen on loopback only",
-    "admin_api_key": "servers listen on loopback only",
+    "pp_size": "weights reach the ranks of one tensor-parallel group; set engine.gpus",
+    "disaggregation_mode": "an engine is one server, which does all",
+    "api_key": _LOOPBACK,
+    "admin_api_key": _LOOPBACK,
+    "ssl_certfile": _LOOPBACK,
+    "ssl_keyfile": _LOOPBACK,
     "incremental_streaming_output": "responses are taken whole",
     "stream_interval": "responses are taken whole",
 }
