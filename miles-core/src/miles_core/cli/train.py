@@ -96,10 +96,12 @@ def _run(plan: Plan, model: Path, resumed: Checkpoint | None) -> None:
     console.start(resumed.step if resumed else None)
 
     async def driven() -> None:
-        # Being told to end is like Ctrl-C, also in the background, where shells have that ignored.
-        task = asyncio.current_task()
+        # Being told to end is like Ctrl-C, also in the background, where shells have that ignored; and so is a terminal
+        # that is gone, unless `nohup` has that ignored.
+        task, ends = asyncio.current_task(), [signal.SIGTERM, signal.SIGHUP]
         assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        for number in ends if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else ends[:1]:
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         await drive(plan, model, resumed, console)
 
     try:
