@@ -82,7 +82,8 @@ class Console:
         self._last_line = now
         if stage.name != self._stage:
             self._stage = stage.name
-            self._rich.print(Text(f"── {stage.name} {'─' * 8}  steps {stage.first_step + 1}–{stage.last_step}", "bold"))
+            heading = Text(f"── {stage.name} {'─' * 8}  steps {stage.first_step + 1}–{stage.last_step}", "bold")
+            self._rich.print(Text("  ").join([heading, *self._legend(metrics)]))
         self._rich.print(Text("  ").join([*self._cells(step, metrics), *self._time(metrics)]))
 
     def _cells(self, step: int, metrics: Mapping[str, float]) -> list[Text]:
@@ -99,6 +100,11 @@ class Console:
         cells = [Text(f"step {step:>{width}}/{self._plan.steps}", "bold")]
         cells += [Text(f"{label} {metrics[name]:{form}}") for name, label, form in shown if _has(metrics, name)]
         return cells
+
+    def _legend(self, metrics: Mapping[str, float]) -> list[Text]:
+        """What the colours of the bars mean."""
+        known = [(name, colour) for name, colour in _PARTS if self.live and f"seconds/{name}" in metrics]
+        return [Text(f"█ {name}", colour) for name, colour in known]
 
     def _time(self, metrics: Mapping[str, float]) -> list[Text]:
         total = metrics["seconds/step"]
