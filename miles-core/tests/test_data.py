@@ -153,6 +153,8 @@ def test_a_prompt_that_fits_exactly_is_kept_in_silence(
         ('{"prompt": "a", "answer": 1}\n\n', r"data.jsonl:2: an empty line"),
         ('{"prompt": "a", "answer": 1}\n{"prompt": \n', r"data.jsonl:2: not JSON: Expecting value at column"),
         ("[1]\n", r"data.jsonl:1: must be a JSON object, got list"),
+        pytest.param("[" * 100_000, r"data.jsonl:1: JSON that cannot be read: maximum recursion", id="too deep"),
+        pytest.param('{"answer": ' + "9" * 5000, r"data.jsonl:1: JSON that cannot be read: Exceeds", id="too large"),
         (
             '{"promt": "a", "answer": 1}',
             r"data.jsonl:1: there is no key 'prompt' \(data.prompt_key\). Did you mean 'promt'",

@@ -165,6 +165,8 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise UserError(f"{where}: JSON that cannot be read: {error}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be a JSON object, got {type(row).__name__}")
     return row
