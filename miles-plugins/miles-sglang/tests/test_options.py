@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang_kit import SharedServer
+from sglang_kit import SharedServer, context_of
 
 from miles_core.errors import MissingExtraError, UserError
 from miles_sglang import surface
 from miles_sglang.options import EngineOptions
+from miles_sglang.server import Server
 
 SERVER_ARGS = '''
 class Other:
@@ -88,6 +91,21 @@ def test_without_sglang_the_error_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setattr(surface, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'miles-sglang\[engine\]'"):
         surface.server_args()
+
+
+def test_another_version_of_sglang_is_refused_with_a_runs_options_and_by_its_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "srt").mkdir()
+    (tmp_path / "srt" / "server_args.py").write_text("class OfThatVersion: ...")
+    monkeypatch.setattr(surface, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[tmp_path]))
+    monkeypatch.setattr(surface, "version", lambda name: "0.5.16")
+    surface.declarations.cache_clear()
+    refused = r"works with sglang 0\.5\.17, and 0\.5\.16 is installed: pip install"
+    with pytest.raises(UserError, match=refused):
+        EngineOptions(server={"mem_fraction_static": 0.8})
+    with pytest.raises(UserError, match=refused):
+        asyncio.run(Server({}, context_of(tmp_path)).start())
 
 
 @pytest.mark.slow

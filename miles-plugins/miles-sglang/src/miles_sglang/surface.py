@@ -10,12 +10,15 @@ import ast
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from miles_core.errors import MissingExtraError, UserError, nearest
 
+TESTED = "0.5.17"
+"""The version of SGLang that this plugin works with: it stands on parts that other versions may lack."""
 INSTALL = "pip install 'miles-sglang[engine]' (without a GPU, see the README of miles-sglang)"
 
 _ONE_MACHINE = "an engine runs on one machine"
@@ -53,11 +56,14 @@ _SCALARS: Mapping[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "flo
 
 
 def server_args() -> Path:
-    """The file that declares `ServerArgs`. Raises `MissingExtraError` if SGLang is not installed."""
+    """The file that declares `ServerArgs`. Raises `MissingExtraError` if SGLang is not installed, `UserError` if it is
+    of another version."""
     spec = find_spec("sglang")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         file = Path(folder, "srt", "server_args.py")
         if file.is_file():
+            if (found := version("sglang")) != TESTED:
+                raise UserError(f"engine 'sglang' works with sglang {TESTED}, and {found} is installed: {INSTALL}")
             return file
     raise MissingExtraError(f"engine 'sglang' needs sglang, which is not installed: {INSTALL}")
 
