@@ -8,10 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megatron_kit import MODELS, by_transformers, make_batch, make_model, make_trainer, one_by_one, torch_trainer, train
+from megatron_kit import (
+    MODELS,
+    by_transformers,
+    make_batch,
+    make_model,
+    make_trainer,
+    one_by_one,
+    stage,
+    torch_trainer,
+    train,
+)
 from safetensors.torch import load_file
 
 from miles_core.errors import UserError
+from miles_megatron.options import TrainerOptions
 from miles_megatron.packing import Cut, MicroBatch, pieces, row
 
 
@@ -114,6 +125,18 @@ def test_a_folder_without_weights_gives_the_same_random_ones_every_time(tmp_path
     embedding = first["model.embed_tokens.weight"]
     assert 0.015 < float(embedding.std()) < 0.025
     assert np.array_equal(first["model.norm.weight"], np.ones(32))
+
+
+def test_an_optimizer_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(make_model(tmp_path / "model", num_hidden_layers=1))
+    for options, error in (
+        ({"optimizer": "adamww"}, "package is required for optimizer='adamww'"),
+        ({"optimizer": "sgd"}, "Only Adam, .* are currently supported"),
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+    ):
+        with pytest.raises(UserError, match=rf"^\[trainer.optimizer\]: Megatron-core refuses this: .*{error}"):
+            trainer.begin(stage(TrainerOptions(optimizer=options)))
+    trainer.stop()
 
 
 @pytest.mark.parametrize(

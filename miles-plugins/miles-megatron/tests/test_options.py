@@ -86,6 +86,17 @@ def test_every_reserved_field_exists_in_megatron() -> None:
         ({"optimizer": {"lr": "fast"}}, "optimizer.lr cannot be 'fast'; Megatron-core declares it as"),
         ({"parallel": {"bf16": 1}}, "parallel.bf16 cannot be 1; Megatron-core declares it as bool"),
         ({"parallel": {"tensor_model_parallel_size": 2.0}}, "cannot be 2.0; Megatron-core declares it as int"),
+        (
+            {"optimizer": {"loss_scale": 1024.0}},
+            "optimizer.loss_scale cannot be set to 1024.0: only fp16 needs its loss scaled",
+        ),
+        (
+            {"scheduler": {"no_weight_decay_cond_type": "apply_wd_to_qk_layernorm"}},
+            "no_weight_decay_cond_type cannot be set to .*: set optimizer.apply_wd_to_qk_layernorm",
+        ),
+        ({"transformer": {"qk_clip": True}}, "qk_clip cannot be set to True: it is done by Megatron's own training"),
+        ({"optimizer": {"log_num_zeros_in_grad": True}}, "cannot be set to True: Miles gathers metrics"),
+        ({"parallel": {"tp_comm_overlap": True}}, "tp_comm_overlap cannot be set to True: its buffers are made by"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1, got 0"),
     ],
 )
@@ -133,6 +144,23 @@ LATENT = dataclasses.replace(DENSE, transformer={**DENSE.transformer, "multi_lat
         (
             DENSE, 2, {"parallel": {"tensor_model_parallel_size": 4}},
             "tensor_model_parallel_size 4 x pipeline_model_parallel_size 1 x context_parallel_size 1 = 4 does not",
+        ),
+        (
+            DENSE, 2, {"parallel": {"tensor_model_parallel_size": 0}},
+            "tensor_model_parallel_size must be at least 1, got 0",
+        ),
+        (
+            DENSE, 2,
+            {"parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 1}},
+            "virtual_pipeline_model_parallel_size must be at least 2, got 1; set it so, or leave it out",
+        ),
+        (
+            SPARSE, 2, {"parallel": {"expert_tensor_parallel_size": -2}},
+            "expert_tensor_parallel_size must be at least 1, got -2",
+        ),
+        (
+            DENSE, 2, {"parallel": {"expert_tensor_parallel_size": 4}},
+            "expert_tensor_parallel_size 4 x expert_model_parallel_size 1 x pipeline_model_parallel_size 1 = 4 does",
         ),
         (
             DENSE, 3, {"parallel": {"tensor_model_parallel_size": 3}},

@@ -95,27 +95,48 @@ def check_model(options: TrainerOptions, model: MegatronModel) -> None:
 
 _ARCHITECTURE = frozenset(
     {
-        "num_moe_experts",
-        "moe_ffn_hidden_size",
-        "moe_layer_freq",
-        "moe_router_topk",
-        "moe_router_score_function",
-        "moe_shared_expert_intermediate_size",
-        "num_query_groups",
-        "kv_channels",
-        "ffn_hidden_size",
-        "qk_layernorm",
+        "activation_func_clamp_value",
         "add_bias_linear",
         "add_qkv_bias",
+        "apply_residual_connection_post_layernorm",
+        "attention_output_gate",
+        "experimental_attention_variant",
+        "ffn_hidden_size",
         "gated_linear_unit",
-        "normalization",
+        "glu_linear_offset",
+        "heterogeneous_block_specs",
+        "kv_channels",
         "layernorm_zero_centered_gamma",
+        "linear_attention_freq",
+        "moe_apply_probs_on_input",
+        "moe_ffn_hidden_size",
+        "moe_latent_size",
+        "moe_layer_freq",
+        "moe_mlp_glu_interleave_size",
+        "moe_router_enable_expert_bias",
+        "moe_router_group_topk",
+        "moe_router_num_groups",
+        "moe_router_pre_softmax",
+        "moe_router_score_function",
+        "moe_router_topk",
+        "moe_router_topk_limited_devices",
+        "moe_router_topk_scaling_factor",
+        "moe_shared_expert_gate",
+        "moe_shared_expert_glu_interleave_size",
+        "moe_shared_expert_intermediate_size",
+        "mrope_section",
+        "no_rope_freq",
+        "normalization",
+        "num_moe_experts",
+        "num_query_groups",
+        "qk_l2_norm",
+        "qk_layernorm",
         "rotary_interleaved",
+        "rotary_percent",
         "softmax_scale",
         "softmax_type",
-        "window_size",
         "window_attn_skip_freq",
-        "experimental_attention_variant",
+        "window_size",
     }
 )
 """What makes another model, whether config.json mentions it or not."""
@@ -144,9 +165,27 @@ def further_layers(options: TrainerOptions, model: MegatronModel) -> int:
 
 def check_layout(layout: Layout, model: MegatronModel, world_size: int, options: TrainerOptions) -> None:
     """Refuses what cannot be divided and what Megatron would train wrongly without a word. Raises `UserError`."""
+    _check_sizes(options.parallel)
     _check_ranks(layout, world_size)
     _check_model(layout, model, options)
     _check_traps(layout, model, options)
+
+
+_LEAST = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": 2,  # with 1 Megatron would run a schedule for several chunks on one
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+}
+
+
+def _check_sizes(parallel: Mapping[str, Any]) -> None:
+    for name, least in _LEAST.items():
+        size = parallel.get(name)
+        if size is not None and size < least:
+            raise UserError(f"trainer.parallel.{name} must be at least {least}, got {size}; set it so, or leave it out")
 
 
 def _check_ranks(layout: Layout, world_size: int) -> None:
@@ -158,7 +197,7 @@ def _check_ranks(layout: Layout, world_size: int) -> None:
             "ranks; trainer.gpus (or trainer.ranks) must be a multiple of it"
         )
     sparse = layout.expert_tensor * layout.expert * layout.pipeline
-    if layout.expert > 1 and world_size % sparse:
+    if world_size % sparse:
         raise UserError(
             f"trainer.parallel: expert_tensor_parallel_size {layout.expert_tensor} x expert_model_parallel_size "
             f"{layout.expert} x pipeline_model_parallel_size {layout.pipeline} = {sparse} does not divide the "

@@ -37,6 +37,10 @@ _LOOP = "Miles schedules forward and backward passes"
 _GATHER = "weights are read after every step, to publish and to save them, so they are gathered in it"
 _HEAD = "Miles computes the output layer, log-probabilities and their gradient itself, in chunks"
 _GROUPS = "Miles divides the ranks by tensor, pipeline, context, expert and expert-tensor parallelism alone"
+_WEIGHTS = "weights come from the model folder, or from the run's seed"
+_MEGATRONS_LOOP = "it is done by Megatron's own training loop, which does not run here"
+_SCALE = "only fp16 needs its loss scaled, and only bf16 and float32 train here"
+_LOGS = "Miles gathers metrics and logs: trackers"
 RESERVED: Mapping[str, Mapping[str, str]] = {
     "transformer": {
         "hidden_dropout": "with dropout, log-probabilities of the same weights would differ from pass to pass",
@@ -44,18 +48,31 @@ RESERVED: Mapping[str, Mapping[str, str]] = {
         "calculate_per_token_loss": "the objective is a sum over tokens, weighted by Batch.weights",
         "multi_latent_attention": _MODEL,
         "activation_func": _MODEL,
-        "init_method": "weights come from the model folder, or from the run's seed",
-        "output_layer_init_method": "weights come from the model folder, or from the run's seed",
-        "embedding_init_method": "weights come from the model folder, or from the run's seed",
-        "init_model_with_meta_device": "weights come from the model folder, or from the run's seed",
+        **dict.fromkeys(
+            (
+                "init_method",
+                "init_method_std",
+                "output_layer_init_method",
+                "embedding_init_method",
+                "embedding_init_method_std",
+                "init_model_with_meta_device",
+            ),
+            _WEIGHTS,
+        ),
         "use_mup": "it scales logits, which the log-probabilities do not know",
+        **dict.fromkeys(
+            ("qk_clip", "qk_clip_alpha", "qk_clip_threshold", "log_max_attention_logit"),
+            _MEGATRONS_LOOP,
+        ),
+        "moe_per_layer_logging": _LOGS,
     },
     "parallel": {
         "fp16": "only bf16 and float32 train here; set parallel.bf16",
         "params_dtype": _DTYPE,
         "pipeline_dtype": _DTYPE,
         "variable_seq_lengths": "packed micro-batches differ in length",
-        "perform_initialization": "weights come from the model folder, or from the run's seed",
+        "perform_initialization": _WEIGHTS,
+        "tp_comm_overlap": "its buffers are made by Megatron's own start, which does not run here",
         "timers": "an object, not a value",
         "defer_embedding_wgrad_compute": _HEAD,
         "cross_entropy_loss_fusion": _HEAD,
@@ -95,6 +112,10 @@ RESERVED: Mapping[str, Mapping[str, str]] = {
         "overlap_param_gather": _GATHER,
         "overlap_param_gather_with_optimizer_step": _GATHER,
         "timers": "an object, not a value",
+        **dict.fromkeys(
+            ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"), _SCALE
+        ),
+        "log_num_zeros_in_grad": _LOGS,
     },
     "scheduler": {
         "lr_decay_samples": "Miles counts optimizer steps; set scheduler.lr_decay_iters",
@@ -102,6 +123,7 @@ RESERVED: Mapping[str, Mapping[str, str]] = {
         "lr_wsd_decay_samples": "Miles counts optimizer steps; set scheduler.lr_wsd_decay_iters",
         "override_opt_param_scheduler": "a checkpoint is restored in the stage that it was saved in",
         "use_checkpoint_opt_param_scheduler": "a checkpoint is restored in the stage that it was saved in",
+        "no_weight_decay_cond_type": "set optimizer.apply_wd_to_qk_layernorm, as Megatron itself asks for",
     },
     "ddp": {
         "use_megatron_fsdp": "Megatron's FSDP is not supported here",
@@ -141,6 +163,11 @@ RESERVED_VALUES: Mapping[str, Any] = {
     "hybrid_context_parallel": False,
     "overlap_moe_expert_parallel_comm": False,
     "num_distributed_optimizer_instances": 1,
+    "qk_clip": False,
+    "log_max_attention_logit": False,
+    "moe_per_layer_logging": False,
+    "tp_comm_overlap": False,
+    "log_num_zeros_in_grad": False,
 }
 """What Miles sets reserved fields to, where that is a plain value; saying the same is no conflict."""
 

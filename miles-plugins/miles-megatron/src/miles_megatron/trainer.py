@@ -163,13 +163,20 @@ class MegatronTrainer:
             if dict(getattr(options, name)) != dict(getattr(self.options, name)):
                 raise UserError(f"stage {stage.name!r}: trainer.{name} is for the whole run; set it once, in [trainer]")
         self._stage, self._stage_options = stage, options
-        self._optimizer = get_megatron_optimizer(settings.optimizer(options, self._ddp), self._chunks)
+        self._optimizer = self._made_optimizer(options)
         self._scheduler = schedule.build(self._optimizer, options, stage.optimizer_steps)
         self._zero()
         if self._reference is not None:
             self._reference.remember(self._tensors())
         elif self.context.reference:
             self._reference = Reference(self._tensors())
+
+    def _made_optimizer(self, options: TrainerOptions) -> Any:
+        config = settings.optimizer(options, self._ddp)
+        try:
+            return get_megatron_optimizer(config, self._chunks)
+        except (AssertionError, ImportError, ValueError) as error:
+            raise UserError(f"[trainer.optimizer]: Megatron-core refuses this: {error}") from error
 
     def sleep(self) -> None:
         """Gives the memory of parameters, gradients and optimizer back; everything waits in host memory."""
