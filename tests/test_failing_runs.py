@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -158,14 +159,21 @@ def test_a_callback_that_raises_in_the_driver_ends_the_run_and_cannot_hide_why(
     assert here.notes("ended")[0]["error"] == message.strip()
 
 
-def test_a_reward_that_always_raises_ends_the_run_with_its_traceback(miles: Miles) -> None:
-    ended = miles.run("train", "run.toml", "reward.name=broken")
+def test_a_reward_that_always_raises_ends_the_run_with_its_traceback_and_no_callback_keeps_a_process(
+    miles: Miles,
+) -> None:
+    with (miles.folder / "data.jsonl").open("a") as file:
+        file.write('{"prompt": "the sum of one and one and one and one is?", "answer": 4}\n')
+    ended = miles.run("train", "run.toml", "reward.name=broken", probe={"raise": ["run_failed"]})
     assert (ended.code, ended.left_over) == (1, [])
     assert ended.err.endswith(
         "Error: every sample of 4 groups in a row failed to be scored, the last one with: broken: "
         "LookupError: no such verifier\n"
     )
     assert 'raise LookupError("no such verifier")' in ended.err
+    assert "the callback hook run_failed failed in the driver: ArithmeticError: the probe raises" in ended.out
+    remark = r"^data\.jsonl: 1 of \d+ prompts are longer than the 39 tokens that fit \(.*\) and are left out$"
+    assert re.search(remark, ended.out, re.MULTILINE)
 
 
 def test_bad_data_ends_the_run_before_it_begins_and_leaves_no_folder(
