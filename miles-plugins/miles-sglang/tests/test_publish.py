@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -100,6 +101,10 @@ def test_who_waits_for_an_engine_that_does_not_come_is_let_go_and_meets_again(se
         sender.give_up()
         errors = await asyncio.gather(*waiting, return_exceptions=True)
         await part((sender, receiver))
+        place = urlsplit(address)
+        joins = {"master_address": place.hostname, "master_port": place.port, "rank_offset": 1, "world_size": 2}
+        with pytest.raises(RunError, match=f"nobody answers at {place.hostname}:{place.port}"):
+            await asyncio.to_thread(sync.ask, server, "init_weights_update_group", backend="gloo", **joins)
         ends = await meet(engine)
         await publish(engine, ends, make_model(seed=6), 1)
         await part(ends)

@@ -1,4 +1,4 @@
-"""In the server's processes: how a bucket of weights gets into the model.
+"""In the server's processes: how they meet the trainer, and how a bucket of weights gets into the model.
 
 SGLang's loaders go through all parameters of the model for every bucket, and copy tensor by tensor. Where they copy to
 depends on names and shapes alone. So for the first bucket of a kind they work, and Miles watches; the next ones are
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 VERIFY = "MILES_SGLANG_VERIFY"
 """The environment variable that makes the server say the checksum of every bucket that has arrived."""
+
+PATIENCE_S = 30.0
+"""How long the trainer's machine may take to answer."""
 
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 
@@ -30,8 +34,21 @@ def register() -> None:
     for method, own in (
         ("_update_weights_from_flattened_bucket", _from_handle),
         ("_update_bucketed_weights_from_distributed", _from_broadcast),
+        ("init_weights_update_group", _meet),
     ):
         HookRegistry.register(f"{_UPDATER}.{method}", own, HookType.AROUND)
+
+
+def _meet(
+    original: Callable[..., tuple[bool, str]], updater: Any, host: str, port: int, *rest: Any
+) -> tuple[bool, str]:
+    """Joins the trainer. At a meeting that was given up meanwhile PyTorch would knock for half an hour."""
+    try:
+        with socket.create_connection((host, port), PATIENCE_S):
+            pass
+    except OSError as error:
+        return False, f"nobody answers at {host}:{port}: {error}"
+    return original(updater, host, port, *rest)
 
 
 def _from_handle(original: object, updater: Any, flattened_tensor_bucket_dict: Mapping[str, Any]) -> tuple[bool, str]:
