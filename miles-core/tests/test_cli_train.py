@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from miles_core.cli import train
+from miles_core.cli import main, train
 from miles_core.run import console, driver
 
 
@@ -59,3 +60,14 @@ def test_under_nohup_a_terminal_that_is_gone_does_not_matter(said: list[str], mo
     monkeypatch.setattr(driver, "drive", drive)
     run()
     assert said == ["done"]
+
+
+def test_a_disk_that_is_full_needs_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    monkeypatch.setattr(main.cli, "main", full)
+    assert main.main(["resume", "runs/mine"]) == 1
+    assert capsys.readouterr().err == "Error: cannot write metrics.jsonl: No space left on device\n"

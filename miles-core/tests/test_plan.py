@@ -1144,6 +1144,10 @@ def test_what_is_no_run_folder_is_refused() -> None:
     Path("bad/manifest.json").write_text("{\n,")
     with pytest.raises(UserError, match=r"manifest\.json:2: this is not valid JSON"):
         load_plan(Path("bad"), catalog())
+    for text in ("{}", "[]"):
+        Path("bad/manifest.json").write_text(text)
+        with pytest.raises(UserError, match=r"bad/manifest\.json is not what a run has written: begin it anew, from"):
+            load_plan(Path("bad"), catalog())
 
 
 # ---- Memory -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import click
 
 from miles_core import PLUGIN_API, __version__
-from miles_core.errors import PluginError, RunError, UserError, nearest
+from miles_core.errors import DISK_ERRORS, PluginError, RunError, UserError, nearest
 
 COMMANDS = {
     "train": ("miles_core.cli.train:train", "Run a run file or a recipe."),
@@ -118,6 +118,11 @@ def main(args: Sequence[str] | None = None) -> int:
         if error.cause:
             click.echo(error.cause, err=True)
         _complain(error.message)
+        return 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        _complain(f"cannot write {error.filename or 'a file'}: {error.strerror}")
         return 1
     except (KeyboardInterrupt, click.Abort):
         _complain("interrupted")

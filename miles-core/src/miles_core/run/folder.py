@@ -146,6 +146,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no run: there is no {MANIFEST} in it") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{folder / MANIFEST}:{error.lineno}: this is not valid JSON: {error.msg}") from None
+    if not isinstance(manifest, dict) or not {"plugins", "origins", "directory"} <= manifest.keys():
+        raise UserError(f"{folder / MANIFEST} is not what a run has written: begin it anew, from {folder / RUN_FILE}")
     return manifest
 
 
