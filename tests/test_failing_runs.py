@@ -67,7 +67,7 @@ def test_a_full_disk_dead_engines_and_bad_rewards_cost_an_asynchronous_run_nothi
     assert not (miles.folder / "die").exists()
     assert ended.out.count("starting engine 0 again") == 2
     for number in (0, 1):
-        assert f"engine {number} died in " in ended.out
+        assert f"engine {number} died" in ended.out
         assert f"the last lines of its log, {folder}/logs/engine-{number}.log:\n" in ended.out
         assert f"    the last words of engine {number}\nstarting engine {number} again\n" in ended.out
     assert "the probe does not let engine 1 start\ngoing on with 1 of 2 engines\n" in ended.out

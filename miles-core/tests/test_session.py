@@ -135,9 +135,11 @@ def test_the_first_of_several_failures_is_told(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_member_that_died_in_silence_says_so(tmp_path: Path) -> None:
-    error = translated(ActorDiedError(), member("engine 0", 0, None, tmp_path), "start")
-    assert isinstance(error, MemberDiedError)
-    assert error.message.endswith("(it wrote nothing)")
+    for asked, said in (("start", "engine 0 died in start; "), ("ping", "engine 0 died; ")):
+        error = translated(ActorDiedError(), member("engine 0", 0, None, tmp_path), asked)
+        assert isinstance(error, MemberDiedError)
+        assert error.message.startswith(said)
+        assert error.message.endswith("(it wrote nothing)")
 
 
 def test_a_member_that_could_not_be_made_shows_rays_account_of_it() -> None:

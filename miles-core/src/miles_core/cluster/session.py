@@ -35,6 +35,8 @@ GRACE_S = 3.0
 """How long a failure waits for the news that another member has died, which would be its cause."""
 LATE = 0.9
 """Who has not answered after this fraction of the deadline, when others give up, is late."""
+PING = "ping"
+"""The method that only says whether a member lives."""
 CLOSE_S = 5.0
 """How long members may take to end by themselves before they are killed."""
 
@@ -216,10 +218,10 @@ class Session:
 
     async def dead(self, members: Sequence[Member]) -> dict[str, BaseException]:
         """Those of the members whose process is gone, by name, with what there is to say of it."""
-        futures = {asyncio.wrap_future(member.actor.ping.remote().future()): member for member in members}
+        futures = {asyncio.wrap_future(getattr(member.actor, PING).remote().future()): member for member in members}
         done, _ = await asyncio.wait(futures, timeout=self.deadline_s)
         errors = {futures[future].name: (future.exception(), futures[future]) for future in done}
-        found = {name: translated(error, member, "ping") for name, (error, member) in errors.items() if error}
+        found = {name: translated(error, member, PING) for name, (error, member) in errors.items() if error}
         return {name: error for name, error in found.items() if isinstance(error, MemberDiedError)}
 
     def leave(self, member: Member) -> None:
@@ -298,8 +300,9 @@ def translated(error: BaseException, member: Member, method: str) -> BaseExcepti
     if isinstance(error, RayTaskError) and isinstance(error.cause, (UserError, RunError)):
         return error.cause
     if isinstance(error, RayActorError) and not error.actor_init_failed:
+        what = "" if method == PING else f" in {method}"
         return MemberDiedError(
-            f"{member.name} died in {method}; the last lines of its log, {member.log}:\n{_tail(member.log)}"
+            f"{member.name} died{what}; the last lines of its log, {member.log}:\n{_tail(member.log)}"
         )
     if isinstance(error, RayError):  # something of Ray's, before or after the member's own code
         return RunError(f"{member.name} failed in {method} (log: {member.log})", cause=str(error))
