@@ -288,14 +288,16 @@ class WaitsForNobody(TorchSender):
 
 
 @pytest.mark.parametrize(
-    ("sender", "fault"),
+    ("sender", "soon_s", "fault"),
     [
-        (WaitsOn, "still waits 0.1 s after the meeting was given up"),
-        (WaitsForNobody, "the trainer does not wait for engine 1"),
+        (WaitsOn, 0.1, "still waits 0.1 s after the meeting was given up"),
+        (WaitsForNobody, 20.0, "the trainer does not wait for engine 1"),
     ],
 )
-def test_weight_syncs_that_are_given_up(monkeypatch: pytest.MonkeyPatch, sender: type, fault: str) -> None:
-    monkeypatch.setattr(weight_sync, "SOON_S", 0.1)
+def test_weight_syncs_that_are_given_up(
+    monkeypatch: pytest.MonkeyPatch, sender: type, soon_s: float, fault: str
+) -> None:
+    monkeypatch.setattr(weight_sync, "SOON_S", soon_s)
     rule = "keeps_nobody_who_waits_for_an_engine_that_has_failed"
     found = faults(monkeypatch, rule, (WeightSyncSpec, "torch-to-torch"), ref=sender, receiver=TorchReceiver)
     assert any(fault in one for one in found)
