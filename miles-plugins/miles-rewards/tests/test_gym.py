@@ -15,12 +15,14 @@ import pytest
 import reasoning_gym
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reasoning_gym.factory import DATASETS
 
 from miles_core.errors import UserError
 from miles_core.roles import DataContext
 from miles_core.sample import Prompt, Sample
 from miles_rewards import options
 from miles_rewards.gym import GymData, GymReward
+from miles_rewards.gym_look import check
 
 
 class Bytes:
@@ -160,6 +162,27 @@ def test_a_task_that_never_fits_is_refused() -> None:
 def test_unknown_tasks_and_parameters_are_refused(task: str, parameters: dict[str, Any], error: str) -> None:
     with pytest.raises(UserError, match=error):
         source(task, parameters=parameters)
+    if "refuses them" not in error:  # which the library alone knows
+        with pytest.raises(UserError, match=error):
+            check(options.GymData(task=task, parameters=parameters))
+
+
+def test_a_light_look_takes_every_task_with_every_parameter() -> None:
+    for task, (_, config) in DATASETS.items():
+        names = {field.name for field in dataclasses.fields(config)} - {"seed", "size"}
+        check(options.GymData(task=task, parameters=dict.fromkeys(names)))
+
+
+def test_a_plan_refuses_an_unknown_parameter_at_its_place_and_does_not_import_the_library() -> None:
+    pytest.importorskip("miles_grpo")
+    code = "import sys; from miles_core.cli.main import main; main(); print('reasoning_gym' in sys.modules)"
+    command = [sys.executable, "-c", code, "plan", "arithmetic", "data.parameters.max_digit=2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    assert done.stderr == (
+        "Error: flag data.parameters.max_digit=2: data.parameters.max_digit: 'chain_sum' has no parameter 'max_digit'. "
+        "Did you mean 'max_digits' or 'min_digits'?\n"
+    )
 
 
 def answered(prompt: Prompt, text: str) -> Sample:

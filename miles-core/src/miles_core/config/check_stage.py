@@ -221,4 +221,5 @@ def _check_data(plan: Plan, stage: Stage) -> None:
         section = f"stages.{stage.name}.data." if "stages" in plan.values else "data."
         given = {name.removeprefix(section): said for name, said in plan.origins.items() if name.startswith(section)}
         named = {option: origin for option, origin in given.items() if origin != "default"}
-        raise UserError(f"{blame(str(error), named) or given['name']}: {error}") from error
+        leaves = {name.rpartition(".")[2]: origin for name, origin in named.items()}
+        raise UserError(f"{blame(str(error), leaves) or given['name']}: {error}") from error

@@ -52,6 +52,7 @@ def miles_data_sources() -> Iterable[DataSourceSpec]:
         name="reasoning-gym",
         ref="miles_rewards.gym:GymData",
         options="miles_rewards.options:GymData",
+        check="miles_rewards.gym_look:check",
         example="miles_rewards.examples:gym_data",
         answers=True,
         summary="Problems that a reasoning-gym task makes up, without end.",

@@ -22,10 +22,11 @@ from reasoning_gym.factory import DATASETS
 from reasoning_gym.utils import extract_answer
 
 from miles_core import Prompt, Sample
-from miles_core.errors import UserError, nearest
+from miles_core.errors import UserError
 from miles_core.prompts import Encoder, held_out
 from miles_core.roles import DataContext
 from miles_rewards import options
+from miles_rewards.gym_look import check_parameter_names, check_task_name
 
 POSITIONS = 200
 """Prompts that one dataset of a task serves."""
@@ -159,16 +160,8 @@ def _asked(template: str, entry: Mapping[str, Any]) -> str:
 
 def check_task(task: str, parameters: Mapping[str, Any]) -> None:
     """Raises `UserError` for a task or parameter that does not exist, with the nearest, and for a value it refuses."""
-    if task not in DATASETS:
-        raise UserError(f"data.task: reasoning-gym has no task {task!r}. {nearest(task, DATASETS)}")
-    known = {field.name for field in dataclasses.fields(DATASETS[task][1])} - {"seed", "size"}
-    for name in parameters:
-        if name in {"seed", "size"}:
-            raise UserError(
-                f"data.parameters.{name} is not for you to set: seeds come from the run's, sizes from data.size"
-            )
-        if name not in known:
-            raise UserError(f"data.parameters: {task!r} has no parameter {name!r}. {nearest(name, known)}")
+    check_task_name(task, DATASETS)
+    check_parameter_names(task, parameters, {field.name for field in dataclasses.fields(DATASETS[task][1])})
     try:
         make_dataset(task, parameters, seed=0, size=1)
     except Exception as error:  # tasks check by assertions, and not all of them check
