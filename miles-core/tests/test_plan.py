@@ -913,6 +913,14 @@ def test_an_unusable_model_folder_is_refused(files: tuple[str, ...], config: dic
     assert refusal(FOLDER_RUN, "trainer.name=choosy").startswith(message)
 
 
+def test_where_a_family_or_a_weight_sync_is_missing_plugins_that_are_not_loaded_are_named() -> None:
+    lost = dataclasses.replace(_plugin("fake-lost", status="failed"), reason="ImportError: libfake.so")
+    idle = "\nPlugins that are not loaded:\n  fake-lost: failed, ImportError: libfake.so"
+    assert refusal(RUN, "trainer.name=island", plugins=catalog(lost)).endswith(idle)
+    model_folder("tokenizer.json", architectures=["OddForCausalLM"])
+    assert refusal(FOLDER_RUN, "trainer.name=choosy", plugins=catalog(lost)).endswith(idle)
+
+
 def test_a_broken_config_is_refused() -> None:
     model_folder("tokenizer.json", "config.json")
     Path("model/config.json").write_text("{,}")

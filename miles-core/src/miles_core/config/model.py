@@ -99,10 +99,11 @@ def without_family(config: Mapping[str, Any], catalog: Catalog, backend: str | N
     specs = [entry.spec for entry in catalog.all(ModelSpec) if backend is None or backend in entry.spec.backends]
     known = ", ".join(f"{spec.name} ({', '.join(spec.model_types or spec.architectures)})" for spec in specs)
     described = f" and described for {backend!r}" if backend else ""
-    return (
+    message = (
         f"no installed model family covers {architectures(config)}{kind}. Installed{described}: {known or 'none'}. "
         "To write one: docs/how-to/write-a-model-family.md"
     )
+    return "\n".join([message, *catalog.not_loaded()])
 
 
 def _fresh_config(model: ModelSection, name: str, origins: Mapping[str, str], catalog: Catalog) -> dict[str, Any]:

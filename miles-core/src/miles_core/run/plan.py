@@ -397,10 +397,9 @@ def _find_sync(plan: schema.Plan, catalog: Catalog) -> schema.Component[WeightSy
     if serving:
         return schema.Component(spec=serving[0].spec, plugin=serving[0].plugin.name)
     pairs = ", ".join(f"{entry.spec.trainer} -> {entry.spec.engine}" for entry in entries) or "none"
-    raise UserError(
-        f"{plan.origins['engine.name']}: no weight sync goes {way}; installed pairs: {pairs}. "
-        "Choose such a pair, or install a plugin that serves it"
-    )
+    message = f"{plan.origins['engine.name']}: no weight sync goes {way}; installed pairs: {pairs}. "
+    message += "Choose such a pair, or install a plugin that serves it"
+    raise UserError("\n".join([message, *catalog.not_loaded()]))
 
 
 def _components(plan: schema.Plan) -> list[schema.Component[Spec]]:
