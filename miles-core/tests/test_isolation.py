@@ -177,6 +177,8 @@ def run_file(hostile: Any, tmp_path: Any) -> str:
         (("recipes", "list"), 0, "Recipe"),
         (("recipes", "show", "nothing"), 2, ""),
         (("resume", "nowhere"), 2, ""),
+        (("-p", "no:acme-hangs", "models", "list"), 0, "Family"),
+        (("-p", "no:acme-hangs", "doctor"), 1, "failed ImportError: libcudart.so.12 is not here"),
     ],
 )
 def test_every_command_works(hostile: Any, args: tuple[str, ...], code: int, words: str) -> None:
