@@ -921,6 +921,16 @@ def test_where_a_family_or_a_weight_sync_is_missing_plugins_that_are_not_loaded_
     assert refusal(FOLDER_RUN, "trainer.name=choosy", plugins=catalog(lost)).endswith(idle)
 
 
+@pytest.mark.parametrize("flag", ["model.config.hidden_size=8", "model.tokenizer=ascii"])
+def test_what_describes_a_new_model_is_refused_for_one_that_is_there(flag: str) -> None:
+    model_folder("tokenizer.json", architectures=["TinyForCausalLM"])
+    key = flag.split(".")[1].partition("=")[0]
+    assert refusal(FOLDER_RUN, flag) == (
+        f"flag {flag}: model.{key} is for a new model, one of a family; the folder of model.path has its own"
+    )
+    assert plan_of(RUN, "model.tokenizer=ascii", "model.path=model").model.tokenizer == "bytes"
+
+
 def test_a_broken_config_is_refused() -> None:
     model_folder("tokenizer.json", "config.json")
     Path("model/config.json").write_text("{,}")

@@ -120,6 +120,9 @@ class ModelSection:
     def __post_init__(self) -> None:
         if (self.path is None) == (self.family is None):
             raise ValueError("model needs either `path` or `family`, and not both")
+        for name, said in (("config", bool(self.config)), ("tokenizer", self.tokenizer != "bytes")):
+            if said and self.path is not None:
+                raise ValueError(f"{name} is for a new model, one of a family; the folder of model.path has its own")
         _positive("model", max_tokens=self.max_tokens)
 
 
