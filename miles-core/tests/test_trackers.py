@@ -13,7 +13,7 @@ import numpy as np
 from miles_core.plugins import discover, resolve
 from miles_core.roles import RunInfo
 from miles_core.run.data import Jsonl
-from miles_core.run.trackers import JsonLines, read_metrics
+from miles_core.run.trackers import JsonLines, forget_after, read_metrics
 from miles_core.specs import DataSourceSpec, TrackerSpec
 
 
@@ -56,6 +56,18 @@ def test_a_resumed_run_goes_on_after_a_torn_line(tmp_path: Path) -> None:
     second.log(1, {"reward": 2.0})
     second.finish()
     assert list(read_metrics(tmp_path)) == [(0, {"reward": 1.0}), (1, {"reward": 2.0})]
+
+
+def test_a_run_that_is_resumed_from_its_beginning_leaves_no_empty_line(tmp_path: Path) -> None:
+    first = JsonLines(None, info(tmp_path))
+    first.log(1, {"reward": 1.0})
+    first.finish()
+    forget_after(tmp_path, -1)  # there was no checkpoint yet
+    second = JsonLines(None, info(tmp_path))
+    second.log(1, {"reward": 2.0})
+    second.finish()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["reward"] == 2.0
 
 
 def test_a_folder_without_metrics_has_none(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ class JsonLines:
 
     def __init__(self, options: None, run: RunInfo) -> None:
         path = run.folder / METRICS_FILE
-        torn = path.is_file() and not path.read_bytes().endswith(b"\n")  # a crash in the middle of a line
+        torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")  # a crash in the middle of a line
         self._file = path.open("a", encoding="utf-8", buffering=1)
         if torn:
             self._file.write("\n")
