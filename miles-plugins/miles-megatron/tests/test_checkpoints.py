@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,28 @@ from miles_megatron import start
 pytestmark = pytest.mark.timeout(900)  # many processes start, on few cores
 
 TENSOR = {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}
+PIPELINE = {"parallel": {"pipeline_model_parallel_size": 2}}
 EXPERT_PIPELINE = {"parallel": {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}}
+VIRTUAL = {
+    "parallel": {
+        **PIPELINE["parallel"],
+        "virtual_pipeline_model_parallel_size": 2,
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+    }
+}
+FEW = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+FURTHER = {"num_nextn_predict_layers": 1}
+FAMILIES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "qwen3": (VIRTUAL, {"num_hidden_layers": 4}),
+    "qwen2": (PIPELINE, {}),
+    "llama": (PIPELINE, {}),
+    "deepseek-v3": (EXPERT_PIPELINE, {**FEW, **FURTHER}),
+    "glm4-moe": (EXPERT_PIPELINE, {**FEW, **FURTHER}),
+    "kimi-k2": (EXPERT_PIPELINE, FEW),
+}
+"""Name of a model -> the layout of four ranks to which its checkpoint goes from two tensor-parallel ones, and what its
+config.json says besides. Of `qwen3-moe` everything else here is shown."""
 
 
 def plain(folder: Path) -> dict[str, torch.Tensor]:
@@ -50,13 +72,44 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from miles_megatron.convert import hf_to_dist
 
     hf_to_dist(Path(model), folder / "converted")
+    families = [family_jobs(folder, name) for name in FAMILIES]
     jobs = [writing, job(beside, "first", "", [2]), {**converted, "options": TENSOR}]
-    first, on, halves = run_jobs(folder / "a", 2, jobs)
+    first, on, halves, *on_two = run_jobs(folder / "a", 2, [*jobs, *(own for own, _ in families)])
     jobs = [job(EXPERT_PIPELINE, "first", "second", []), job(EXPERT_PIPELINE, "first", "", [2])]
-    second, other, quarters = run_jobs(folder / "b", 4, [*jobs, {**converted, "options": EXPERT_PIPELINE}])
+    jobs = [*jobs, {**converted, "options": EXPERT_PIPELINE}, *(own for _, own in families)]
+    second, other, quarters, *on_four = run_jobs(folder / "b", 4, jobs)
     (third,) = run_jobs(folder / "c", 2, [job(TENSOR, "second", "third", [])])
-    loaded = {"halves": halves, "quarters": quarters}
+    of_families = dict(zip(FAMILIES, zip(on_two, on_four, strict=True), strict=True))
+    loaded = {"halves": halves, "quarters": quarters, "families": of_families}
     return loaded | {"folder": folder, "first": first, "second": second, "third": third, "on": on, "other": other}
+
+
+def family_jobs(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A step on two tensor-parallel ranks and a checkpoint; and that checkpoint loaded on four and saved again."""
+    layout, changes = FAMILIES[name]
+    base = folder / name
+    model = str(make_model(base / "model", name, **{"num_hidden_layers": 2, **changes}))
+    further = {"transformer": {"mtp_num_layers": 1}} if changes.keys() >= FURTHER.keys() else {}
+    first, second = (str(base / which / "trainer") for which in ("first", "second"))
+    return (
+        {"model": model, "options": {**TENSOR, **further}, "seeds": [0], "save": first},
+        {"model": model, "options": {**layout, **further}, "seeds": [], "restore": first, "save": second},
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_familys_checkpoint_goes_to_another_layout_bit_for_bit(saved: dict[str, Any], name: str) -> None:
+    trained, loaded = saved["families"][name]
+    original = load_file(saved["folder"] / name / "model" / "model.safetensors")
+    assert trained["weights"].keys() == loaded["weights"].keys() == original.keys()
+    assert all(np.array_equal(loaded["weights"][weight], own) for weight, own in trained["weights"].items())
+    assert any(not np.array_equal(original[weight], own) for weight, own in trained["weights"].items())
+    trainer = make_trainer(saved["folder"] / name / "model")  # for its process group
+    first, second = (plain(saved["folder"] / name / which) for which in ("first", "second"))
+    trainer.stop()
+    assert sum("exp_avg_sq" in key for key in first) >= 8
+    assert second.keys() == first.keys()
+    assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
 
 
 def test_converted_weights_load_under_every_layout(saved: dict[str, Any]) -> None:

@@ -51,6 +51,9 @@ OTHERS_OF_TWO: dict[tuple[str, str], dict[str, Any]] = {
             "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
         },
     },
+    ("qwen3", "pp2, unevenly"): {
+        "parallel": PIPELINE, "transformer": {"num_layers_in_first_pipeline_stage": 3},
+    },
     ("qwen3", "pp2 vp2"): {
         "parallel": {
             **PIPELINE,
@@ -63,6 +66,7 @@ OTHERS_OF_TWO: dict[tuple[str, str], dict[str, Any]] = {
 }  # fmt: skip
 OTHERS_OF_FOUR: dict[tuple[str, str], dict[str, Any]] = {
     ("llama", "tp2 sp dp2"): {"parallel": SEQUENCE},
+    ("qwen3", "tp4 with fewer key-value heads"): {"parallel": {"tensor_model_parallel_size": 4}},
     ("qwen3", "cp2 tp2 sp"): {"parallel": {**CONTEXT, **SEQUENCE}},
     ("qwen3", "cp2 pp2"): {"parallel": {**CONTEXT, **PIPELINE}, "micro_batch_tokens": SMALL},
     ("qwen3-moe", "ep2 tp2 sp"): {"parallel": {**EXPERT, **SEQUENCE}},

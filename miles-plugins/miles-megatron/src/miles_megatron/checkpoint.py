@@ -180,13 +180,11 @@ def optimizer_state(optimizer: Any, state: dict[str, Any], *, loading: bool) -> 
 
 def steps_taken(rest: Any) -> int:
     """Adam's count, from the optimizer's state that is not sharded; 0 if it has not stepped."""
+    counts = []
     for groups in _param_groups(rest):
-        common = groups.get("state", {}).get("common_step")
-        counts = [group["step"] for group in groups["param_groups"] if "step" in group]
-        for count in [common, *counts]:
-            if count is not None:
-                return int(count)
-    return 0
+        counts.append(groups.get("state", {}).get("common_step"))
+        counts += [group.get("step") for group in groups["param_groups"]]
+    return max((int(count) for count in counts if count is not None), default=0)  # 0 of those without a parameter here
 
 
 def put_optimizer(optimizer: Any, sharded: Any, rest: Any, steps: int) -> None:

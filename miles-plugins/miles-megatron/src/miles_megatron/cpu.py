@@ -130,8 +130,7 @@ def _replace_kernels() -> None:
 
 
 def patch_megatron() -> None:
-    """What gloo and PyTorch's own Adam do otherwise than NCCL and Transformer Engine's. Call after `install`."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    """What gloo does otherwise than NCCL. Call after `install`."""
     from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -143,9 +142,6 @@ def patch_megatron() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
     mappings._gather_along_first_dim = _uneven_gather(mappings._gather_along_first_dim)
     mappings._reduce_scatter_along_first_dim = _uneven_reduce_scatter(mappings._reduce_scatter_along_first_dim)
-    DistributedOptimizer._set_main_param_and_optimizer_states = _set_state
-    DistributedOptimizer.load_state_dict = _own_steps(DistributedOptimizer.load_state_dict)
-    DistributedOptimizer.sharded_state_dict = _with_state(DistributedOptimizer.sharded_state_dict)
 
 
 def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -181,40 +177,3 @@ def _uneven_reduce_scatter(even: Callable[..., Tensor]) -> Callable[..., Tensor]
         return parts[int(group.rank())].contiguous()
 
     return scatter
-
-
-def _set_state(self: Any, model_param: Any, tensors: dict[str, Tensor]) -> None:
-    """PyTorch's Adam keeps its step as a tensor among the moments; it comes another way."""
-    group, place = self.model_param_group_index_map[model_param]
-    main = self.optimizer.param_groups[group]["params"][place]
-    with torch.no_grad():
-        for name, own in {"param": main, **self.optimizer.state[main]}.items():
-            if name != "step":
-                own.copy_(tensors[name])
-
-
-def _own_steps(load: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    """Megatron hands all parameters one tensor as their step, which Adam would count up once for each."""
-
-    def load_state_dict(self: Any, state: Any) -> None:
-        load(self, state)
-        for own in self.optimizer.state.values():
-            own["step"] = own["step"].clone()
-
-    return load_state_dict
-
-
-def _with_state(sharded: Callable[..., Any]) -> Callable[..., Any]:
-    """PyTorch's Adam makes its state in its first step; a checkpoint before it needs one too."""
-
-    def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for group in self.optimizer.param_groups if not self.optimizer.state else ():
-            for parameter in group["params"]:
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        return sharded(self, *args, **kwargs)
-
-    return sharded_state_dict

@@ -41,7 +41,7 @@ from miles_core.roles import (
 )
 from miles_core.run.mismatch import mismatch
 from miles_core.sample import Batch
-from miles_megatron import checkpoint, clipping, families, model, pretrained, router, schedule, settings
+from miles_megatron import adam, checkpoint, clipping, families, model, pretrained, router, schedule, settings
 from miles_megatron.layout import Layout, further_layers
 from miles_megatron.offload import Offload
 from miles_megatron.options import TrainerOptions
@@ -173,6 +173,7 @@ class MegatronTrainer:
 
     def _made_optimizer(self, options: TrainerOptions) -> Any:
         config = settings.optimizer(options, self._ddp)
+        adam.patch()
         try:
             return get_megatron_optimizer(config, self._chunks)
         except (AssertionError, ImportError, ValueError) as error:
