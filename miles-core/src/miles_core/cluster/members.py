@@ -464,10 +464,16 @@ class CollectorMember(MemberProcess):
         """A stage starts, or goes on from a checkpoint."""
         await self.collector.begin(stage, step, folder)
 
-    async def next_batch(self, step: int, patience_s: float) -> tuple[Any, Collected] | None:
-        """A reference to the batch of `step` and what there is to say of it; None if it is not complete yet."""
+    async def next_batch(
+        self, step: int, patience_s: float, finish: bool
+    ) -> tuple[Any, Collected, dict[str, float]] | None:
+        """A reference to the batch of `step`, what there is to say of it, and what `finish` says if it needs no other
+        columns and is asked for; None if the batch is not complete yet."""
         collected = await self.collector.next_batch(step, patience_s)
-        return None if collected is None else (ray.put(collected.batch), collected.without_batch())
+        if collected is None:
+            return None
+        batch, metrics = await self._finished(collected.batch, {}) if finish else (collected.batch, {})
+        return ray.put(batch), collected.without_batch(), metrics
 
     async def finish(self, batch: Batch, names: Sequence[str], *columns: Any) -> tuple[Any, dict[str, float]]:
         """The batch with the columns of the trainer and others, its advantages and its weights. Columns of one name
@@ -476,8 +482,13 @@ class CollectorMember(MemberProcess):
         for name, part in zip(names, columns, strict=True):
             parts.setdefault(name, []).append(part)
         joined = {name: found[0] if len(found) == 1 else np.concatenate(found) for name, found in parts.items()}
-        finished, metrics = await asyncio.to_thread(self.collector.finish, batch, joined)
+        finished, metrics = await self._finished(batch, joined)
         return ray.put(finished), metrics
+
+    async def _finished(self, batch: Batch, columns: Mapping[str, Any]) -> tuple[Batch, dict[str, float]]:
+        """Beside what still generates."""
+        finished: tuple[Batch, dict[str, float]] = await asyncio.to_thread(self.collector.finish, batch, columns)
+        return finished
 
     async def measured(self) -> dict[str, float]:
         """What the engines measured until the last batch was complete."""

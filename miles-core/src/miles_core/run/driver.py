@@ -43,7 +43,7 @@ FROM_TRAINER = {"old_logprobs": "policy", "ref_logprobs": "reference"}
 @dataclass(frozen=True, kw_only=True)
 class BatchRef:
     """A batch in the object store. step: that trains on it; started: when the driver began to wait for it. columns: to
-    be added to it, each in parts that stand end to end."""
+    be added to it, each in parts that stand end to end. finished: whether it has its advantages and weights."""
 
     ref: Any
     step: int
@@ -51,12 +51,8 @@ class BatchRef:
     metrics: Mapping[str, float]
     seconds: Mapping[str, float]
     started: float
+    finished: bool
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-
-    @property
-    def teaches_policy(self) -> bool:
-        """Whether it does not only warm the critic up."""
-        return self.step >= self.stage.first_step + self.stage.warmup_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,24 +267,26 @@ class Run:
             started = time.monotonic()
             self.seconds = defaultdict(float)
             await self._generating()
-            ref, collected = await self._collected("next_batch")
+            finished = not _computed_columns(stage, self.step) and not stage_columns(stage) & TEACHER
+            ref, collected, metrics = await self._collected("next_batch", finished)
             self.observers.tell("rollout_end", step=self.step, metrics=dict(collected.metrics))
             await self._training()
             yield BatchRef(
                 ref=ref,
                 step=self.step,
                 stage=stage,
-                metrics=collected.metrics,
+                metrics={**collected.metrics, **metrics},
                 seconds=collected.seconds,
                 started=started,
+                finished=finished,
             )
 
-    async def _collected(self, method: str) -> Any:
+    async def _collected(self, method: str, *args: Any) -> Any:
         """What the collector gives for the step, however long that takes: it knows itself who keeps it waiting, but for
         engines that have failed."""
         while True:
             answer = await self.session.ask(
-                self.collector, method, self.step, POLL_S, deadline_s=POLL_S + self.session.deadline_s
+                self.collector, method, self.step, POLL_S, *args, deadline_s=POLL_S + self.session.deadline_s
             )
             if answer is not None:
                 return answer
@@ -311,7 +309,7 @@ class Run:
         """The columns of the trainer and the critic."""
         calls: list[Call] = []
         first: dict[str, int] = {}  # a column comes from the first rank
-        for name in sorted(self._columns(batch)):
+        for name in sorted(_computed_columns(batch.stage, batch.step)):
             first[name] = len(calls)
             if name == "values":
                 calls += [(critic, "values", (batch.ref, batch.step)) for critic in self.critics]
@@ -328,28 +326,21 @@ class Run:
         parts = await self.session.ask_all(self.teachers, "score", batch.ref, top_k(batch.stage))
         return {name: [part[name] for part in parts] for name in parts[0]}
 
-    def _columns(self, batch: BatchRef) -> frozenset[str]:
-        """While there is one optimizer step a batch, a loss's old log-probabilities are the policy's own: no pass."""
-        stage = batch.stage
-        needed = needed_columns(stage.advantage) if stage.advantage is not None else frozenset()
-        if batch.teaches_policy:
-            single = stage.schedule.updates_of_a_batch == 1
-            needed |= loss_columns(stage) - ({"old_logprobs"} if single else set())
-        return needed & {*FROM_TRAINER, "values"}
-
     async def advantage(self, batch: BatchRef) -> BatchRef:
-        """The batch with advantages and weights."""
+        """The batch with advantages and weights, which it has already if nobody but the collector has a part in it."""
+        if batch.finished:
+            return batch
         parts = [(name, part) for name, column in batch.columns.items() for part in column]
         ref, metrics = await self.session.ask(
             self.collector, "finish", batch.ref, [name for name, _ in parts], *(part for _, part in parts)
         )
-        return replace(batch, ref=ref, metrics={**batch.metrics, **metrics})
+        return replace(batch, ref=ref, metrics={**batch.metrics, **metrics}, finished=True)
 
     async def update(self, batch: BatchRef) -> Report:
         """One or more optimizer steps of the policy and of the critic, side by side if they are on different ranks; and
         beside them, what the engines have measured."""
         asked = (batch.ref, batch.step, batch.stage.schedule.updates_per_batch)
-        policy = self.trainers if batch.teaches_policy else []
+        policy = self.trainers if _teaches_policy(batch.stage, batch.step) else []
         critic = self.critics if batch.stage.critic is not None else []
         *answers, measured = await self.session.gather(
             [
@@ -511,6 +502,21 @@ class Run:
             *((trainer, "policy", "trainer") for trainer in self.trainers),
             *((critic, "critic", "critic") for critic in critics),
         ]
+
+
+def _teaches_policy(stage: Stage, step: int) -> bool:
+    """Whether the step does not only warm the critic up."""
+    return step >= stage.first_step + stage.warmup_steps
+
+
+def _computed_columns(stage: Stage, step: int) -> frozenset[str]:
+    """Those that the trainer and the critic add to a batch. While there is one optimizer step a batch, a loss's old
+    log-probabilities are the policy's own: no pass."""
+    needed = needed_columns(stage.advantage) if stage.advantage is not None else frozenset()
+    if _teaches_policy(stage, step):
+        single = stage.schedule.updates_of_a_batch == 1
+        needed |= loss_columns(stage) - ({"old_logprobs"} if single else set())
+    return needed & {*FROM_TRAINER, "values"}
 
 
 class _Timed:

@@ -60,7 +60,11 @@ class RunEngines:
         One that does not start, or fails twice in a step, is done without, as long as another is left, and unless it is
         colocated: it has GPUs of the trainer then, which no other serves. Raises why it failed, if it cannot be.
         """
-        lost = await self._session.ask(collector, "go_without", await self._session.dead(self.members))
+        dead, lost = await asyncio.gather(
+            self._session.dead(self.members), self._session.ask(collector, "go_without", {})
+        )
+        if dead:
+            lost |= await self._session.ask(collector, "go_without", dead)
         failed = [engine for engine in self.members if engine.name in lost]
         if not failed:
             return False
