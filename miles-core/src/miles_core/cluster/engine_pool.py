@@ -102,10 +102,18 @@ class EnginePool:
         for engine in self._engines:
             if engine.lost is None and (reason := dead.get(engine.member.name)) is not None:
                 self._fail(engine, reason)
-        found = {engine.member.name: engine.lost for engine in self._engines if engine.lost is not None}
-        new = {name: reason for name, reason in found.items() if name not in self._told}
+        new = self._new()
         self._told |= new.keys()
         return dict(dead) | new
+
+    @property
+    def untold(self) -> bool:
+        """Whether an engine was taken out since the last `go_without`."""
+        return bool(self._new())
+
+    def _new(self) -> dict[str, BaseException]:
+        found = {engine.member.name: engine.lost for engine in self._engines if engine.lost is not None}
+        return {name: reason for name, reason in found.items() if name not in self._told}
 
     def come_back(self, engines: Sequence[tuple[str, Any, Path]]) -> None:
         """These come in the place of those of their names, which were taken out."""

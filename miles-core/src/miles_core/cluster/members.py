@@ -230,11 +230,13 @@ class EngineMember(MemberProcess):
         self.tasks: set[asyncio.Task[None]] = set()
         self.asleep = False
         self.lost: MemberDiedError | None = None
+        self.ended = asyncio.Event()
 
     def _lose(self, reason: str) -> None:
         """The engine cannot go on: from now on whoever asks hears why. Called in any thread."""
         self.lost = self.lost or MemberDiedError(reason)
         self.loop.call_soon_threadsafe(self.news.set)
+        self.loop.call_soon_threadsafe(self.ended.set)
 
     def _failure(self, error: Exception, method: str) -> UserError | RunError:
         return self.lost or super()._failure(error, method)
@@ -277,6 +279,10 @@ class EngineMember(MemberProcess):
         """Answers, if the engine can go on."""
         if self.lost is not None:
             raise self.lost
+
+    async def last(self) -> None:
+        """Answers once the engine cannot go on."""
+        await self.ended.wait()
 
     async def connect_sync(
         self, address: str, gone: frozenset[int], engines: int, layout: Sequence[BucketLayout]
@@ -490,10 +496,10 @@ class CollectorMember(MemberProcess):
         finished: tuple[Batch, dict[str, float]] = await asyncio.to_thread(self.collector.finish, batch, columns)
         return finished
 
-    async def measured(self) -> dict[str, float]:
-        """What the engines measured until the last batch was complete."""
-        measured: dict[str, float] = await self.collector.measured()
-        return measured
+    async def measured(self) -> tuple[dict[str, float], bool]:
+        """What the engines measured until the last batch was complete; and whether one was taken out that `go_without`
+        has not told of."""
+        return await self.collector.measured(), self.pool is not None and self.pool.untold
 
     async def evaluate(self, step: int, patience_s: float) -> dict[str, float] | None:
         """Metrics of an evaluation, which the first call of a step begins; None if it is not complete yet."""

@@ -98,6 +98,7 @@ class Session:
         self._logs = logs
         self._group: PlacementGroup | None = None
         self.members: list[Member] = []
+        self._pending: set[asyncio.Future[Any]] = set()
 
     def start(self) -> None:
         """Starts a cluster on this machine, or joins the one at the address, and reserves the resources.
@@ -186,6 +187,14 @@ class Session:
         self.members.append(member)
         return member
 
+    def pending(self, member: Member, method: str) -> asyncio.Future[Any]:
+        """What a member answers whenever it does; done too if the member dies. Nobody has to wait for it."""
+        future = asyncio.wrap_future(getattr(member.actor, method).remote().future())
+        future.add_done_callback(_heard)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return future
+
     async def ask(self, member: Member, method: str, *args: Any, deadline_s: float | None = None) -> Any:
         """What one member answers."""
         return (await self.ask_all([member], method, *args, deadline_s=deadline_s))[0]
@@ -234,6 +243,8 @@ class Session:
 
         Members are asked to end what they have started; those that do not answer within `CLOSE_S` are killed.
         """
+        for future in list(self._pending):
+            future.cancel()
         try:
             closing = [asyncio.wrap_future(member.actor.close.remote().future()) for member in self.members]
             for future in closing:

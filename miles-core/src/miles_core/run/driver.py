@@ -342,7 +342,7 @@ class Run:
         asked = (batch.ref, batch.step, batch.stage.schedule.updates_per_batch)
         policy = self.trainers if _teaches_policy(batch.stage, batch.step) else []
         critic = self.critics if batch.stage.critic is not None else []
-        *answers, measured = await self.session.gather(
+        *answers, (measured, self.engines.taken_out) = await self.session.gather(
             [
                 *((trainer, "update", ("policy", *asked)) for trainer in policy),
                 *((rank, "update", ("critic", *asked)) for rank in critic),
@@ -365,7 +365,7 @@ class Run:
         """The weights of this step to all engines. If one fails meanwhile, none has them for certain."""
         if not self.engines.members:
             return
-        if not self.plan.placement.takes_turns:
+        if not self.plan.placement.takes_turns and self.engines.failed:  # a transfer may not notice before its deadline
             await self._mend()
         with self._timed("publish"):
             await self.session.gather(

@@ -19,7 +19,8 @@ from miles_core.run.turns import Turns
 
 
 class RunEngines:
-    """members: those that are left, one list for the whole run. say: tells the person at the terminal."""
+    """members: those that are left, one list for the whole run. say: tells the person at the terminal. taken_out:
+    whether the collector has taken one out and not told why yet."""
 
     def __init__(self, plan: Plan, session: Session, model: Path, say: Callable[[str], None]) -> None:
         self.members: list[Member] = []
@@ -27,6 +28,8 @@ class RunEngines:
         self._gone: set[int] = set()  # the numbers of those that are done without
         self._gpus: Sequence[str] = ()  # what each sees, where that is not Ray's to say
         self._failed_in: dict[str, int] = {}  # the step
+        self._lasting: dict[str, asyncio.Future[None]] = {}  # until it cannot go on
+        self.taken_out = False
 
     def spawn(self) -> None:
         """A process for each."""
@@ -34,7 +37,14 @@ class RunEngines:
         self.members += [self._spawn(index) for index in range(count)]
 
     def _spawn(self, index: int) -> Member:
-        return self._session.spawn(EngineMember, f"engine {index}", self._plan, index, self._model)
+        engine = self._session.spawn(EngineMember, f"engine {index}", self._plan, index, self._model)
+        self._lasting[engine.name] = self._session.pending(engine, "last")
+        return engine
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is something to mend, as far as is known without asking."""
+        return self.taken_out or any(self._lasting[engine.name].done() for engine in self.members)
 
     async def share_gpus(self, trainers: Sequence[Member]) -> None:
         """Colocated engines see the GPUs that Ray gave to the trainer's ranks, and no others."""

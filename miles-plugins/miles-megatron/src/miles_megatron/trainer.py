@@ -261,7 +261,6 @@ class MegatronTrainer:
             hooks.before_train_step(**told, batch=part)
         started = time.perf_counter()
         metrics = self._forward_backward(batch, samples, first=first)
-        metrics["train_seconds"] = time.perf_counter() - started
         metrics["learning_rate"] = schedule.rate(self._optimizer)
         fault = metrics.pop("fault", None)
         metrics["grad_norm"] = norm = clipping.gradient_norm(self._optimizer)
@@ -277,6 +276,7 @@ class MegatronTrainer:
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)} | {"skipped_steps": 1.0}
         self._scheduler.step(1)
         self._zero()
+        metrics["train_seconds"] = time.perf_counter() - started
         if hooks is not None:
             hooks.after_train_step(**told, metrics=metrics)
         return metrics

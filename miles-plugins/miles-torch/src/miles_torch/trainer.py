@@ -170,8 +170,8 @@ class TorchTrainer:
         """See `miles_core.roles.Trainer.update`.
 
         Metrics: loss and grad_norm, means over the optimizer steps; learning_rate, of the last; tokens, trained ones of
-        one pass over the batch; entropy and the loss's own, means over trained tokens; train_seconds, of forward and
-        backward passes; mismatch/*, as in `miles_core.run.mismatch`, of the first mini-batch, before it is learnt.
+        one pass over the batch; entropy and the loss's own, means over trained tokens; train_seconds, of the passes
+        and the optimizer; mismatch/*, as in `miles_core.run.mismatch`, of the first mini-batch, before it is learnt.
         """
         minibatches = _minibatches(batch)
         count = passes * len(minibatches)
@@ -197,7 +197,6 @@ class TorchTrainer:
         sums = Sums(self._device)
         forwards = [self._forward_backward(batch, packed, sums, first=first) for packed in self._plan(batch, samples)]
         metrics = report(sums.reduce())
-        metrics["train_seconds"] = time.perf_counter() - started
         metrics["learning_rate"] = rate
         fault = None if math.isfinite(metrics["loss"]) else self._not_finite(batch, forwards)
         metrics["grad_norm"] = norm = self._clip(options.max_grad_norm)
@@ -212,6 +211,7 @@ class TorchTrainer:
             self._skip(fault, step)
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)} | {"skipped_steps": 1.0}
         adamw.zero_grad()
+        metrics["train_seconds"] = time.perf_counter() - started
         self._steps += 1
         if hooks is not None:
             hooks.after_train_step(context=context, step=step, model=model, optimizer=adamw, metrics=metrics)
@@ -318,7 +318,7 @@ class TorchTrainer:
             return 0.0
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         norm = sharding.whole(norm)
-        if limit and torch.isfinite(norm):
+        if limit and limit < norm + 1e-6 < math.inf:  # PyTorch adds that too; below, all would be multiplied by 1
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return float(norm)
 
