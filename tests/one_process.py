@@ -127,6 +127,9 @@ class _Session:
         self.members.append(Member(name, _Actor(cls(name, log, *args), self._starting), log))
         return self.members[-1]
 
+    def pending(self, member: Member, method: str) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().create_future()
+
     async def ask(self, member: Member, method: str, *args: Any, deadline_s: float | None = None) -> Any:
         return await getattr(member.actor, method).remote(*args)
 

@@ -272,6 +272,7 @@ def test_without_any_engine_requests_wait_for_one_to_come_back_and_the_old_one_s
         later, given_up = ask(pool, 2), ask(pool, 3)
         await settle()
         given_up.cancel()
+        known = [pool.untold]
         assert pool.go_without({}) == {"engine 0": gone}
         new = come_back(pool, 0)
         await settle()
@@ -282,6 +283,7 @@ def test_without_any_engine_requests_wait_for_one_to_come_back_and_the_old_one_s
         assert [seeds_of(await task) for task in (owed, later)] == [[1], [2]]
         assert pool.busy_seconds == [2.5]  # of both
         assert pool.go_without({}) == {}
+        assert [*known, pool.untold] == [True, False]
         assert pool.go_without({"engine 0": gone}) == {"engine 0": gone}  # it can be lost again
         assert [request.seeds for request in old.requests] == [(1,)]
 

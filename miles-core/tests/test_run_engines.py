@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,10 +30,15 @@ class Cluster:
         self.notes: list[tuple[Any, ...]] = []
         self.left: list[Member] = []
         self.spawned = 0
+        self.lasting: dict[Any, Future[None]] = {}
 
     def spawn(self, cls: type, name: str, *args: Any) -> Member:
         self.spawned += 1
         return Member(name, f"process {self.spawned}", Path("log"))
+
+    def pending(self, member: Member, method: str) -> Future[None]:
+        assert method == "last"
+        return self.lasting.setdefault(member.actor, Future())
 
     def leave(self, member: Member) -> None:
         self.left.append(member)
@@ -100,6 +106,21 @@ def test_one_that_has_failed_is_started_again_in_its_place_and_the_collector_hea
     assert engines.connections("tcp://here", []) == [
         (member, "connect_sync", ("tcp://here", frozenset(), 2, [])) for member in engines.members
     ]
+
+
+def test_that_one_has_failed_is_known_without_asking_when_it_ends_or_the_collector_has_taken_it_out() -> None:
+    cluster = Cluster()
+    engines, _ = engines_of(cluster)
+    known = [engines.failed]
+    cluster.dead_members = {"engine 1"}
+    cluster.lasting["process 2"].set_result(None)
+    known.append(engines.failed)
+    assert asyncio.run(engines.mend(COLLECTOR, 1, turns_of(cluster))) is True
+    known.append(engines.failed)  # the new one lasts
+    engines.taken_out = True
+    known.append(engines.failed)
+    assert asyncio.run(engines.mend(COLLECTOR, 1, turns_of(cluster))) is False
+    assert [*known, engines.failed] == [False, True, False, True, False]
 
 
 def test_one_that_does_not_start_again_is_done_without() -> None:

@@ -174,6 +174,22 @@ def test_the_end_asks_members_to_end_and_then_kills_them(monkeypatch: pytest.Mon
     assert killed == [*actors, "cluster"]
 
 
+def test_what_nobody_waits_for_is_there_when_it_is_and_is_given_up_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("kill", "shutdown"):
+        monkeypatch.setattr(ray, name, lambda *args: None)
+    made = Session(ClusterSection(), {}, Path("logs"))
+
+    async def use() -> None:
+        members = [member("a", 0, None), member("b", 0, ValueError("it died")), member("c", 60, None)]
+        answered, died, never = (made.pending(one, "work") for one in members)
+        await asyncio.wait([answered, died])
+        assert not never.done()
+        await made.stop()
+        assert never.cancelled()
+
+    asyncio.run(use())
+
+
 @pytest.mark.parametrize("failures", [0, 1, 2])
 def test_a_cluster_that_does_not_start_is_tried_twice_and_then_told(
     failures: int, monkeypatch: pytest.MonkeyPatch

@@ -70,6 +70,7 @@ class RunEngines:
         One that does not start, or fails twice in a step, is done without, as long as another is left, and unless it is
         colocated: it has GPUs of the trainer then, which no other serves. Raises why it failed, if it cannot be.
         """
+        self.taken_out = False
         dead, lost = await asyncio.gather(
             self._session.dead(self.members), self._session.ask(collector, "go_without", {})
         )
