@@ -1,9 +1,10 @@
-"""Loss, gradient norm and log-probabilities of the trainer `megatron` under each layout of two ranks, against one rank.
+"""Loss, gradient norm and log-probabilities of the trainer `megatron` under each layout of two or four ranks, against
+one rank: of a dense model, a mixture of experts, and one with latent attention and experts.
 
 In float32 with the trainer's own layers the numbers must agree to rounding; in bfloat16 with Transformer Engine, to
 what bfloat16 can tell: one rank with other micro-batches is shown beside them for a measure.
 
-    python benchmarks/megatron_layouts.py [--cpu-tiny]
+    python benchmarks/megatron_layouts.py [--ranks 4] [--models NAME,...] [--layouts 'NAME;...'] [--cpu-tiny]
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty
@@ -24,28 +25,69 @@ import numpy as np
 from miles_core.roles import LossInputs, LossOutputs, TrainerContext, TrainStage
 from miles_core.sample import Batch, Sample
 
-MODEL: Mapping[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
+_SHARED: Mapping[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 512,
     "intermediate_size": 1024,
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "head_dim": 64,
     "initializer_range": 0.05,
-    "tie_word_embeddings": True,
     "max_position_embeddings": 4096,
 }
-TINY: Mapping[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-LAYOUTS: Mapping[str, Mapping[str, Any]] = {
-    "dp2": {},
-    "tp2": {"tensor_model_parallel_size": 2},
-    "tp2 sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "pp2": {"pipeline_model_parallel_size": 2},
-    "cp2": {"context_parallel_size": 2},
+MODELS: Mapping[str, Mapping[str, Any]] = {
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "head_dim": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "norm_topk_prob": True,
+    },
+    "deepseek-v3": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 8,
+        "moe_intermediate_size": 256,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+    },
 }
+"""Name -> fields of config.json over the shared ones."""
+TINY: Mapping[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.2}
+_SEQUENCE = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+LAYOUTS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
+    "dp2": (2, {}),
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "tp2 sp": (2, _SEQUENCE),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "cp2": (2, {"context_parallel_size": 2}),
+    "ep2": (2, {"expert_model_parallel_size": 2}),
+    "tp2 sp pp2": (4, {**_SEQUENCE, "pipeline_model_parallel_size": 2}),
+    "tp2 sp cp2": (4, {**_SEQUENCE, "context_parallel_size": 2}),
+    "tp2 sp ep2": (4, {**_SEQUENCE, "expert_model_parallel_size": 2}),
+    "tp2 sp ep2, each expert whole": (
+        4, {**_SEQUENCE, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+    ),
+    "pp2 ep2": (4, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}),
+    "ep4": (4, {"expert_model_parallel_size": 4}),
+}  # fmt: skip
+"""Name -> ranks, and how they are divided."""
 PRECISIONS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "float32, own layers": ({"transformer_impl": "local"}, {}),
     "bfloat16, Transformer Engine": ({}, {"bf16": True}),
@@ -162,14 +204,34 @@ def compare(name: str, found: Any, reference: Any) -> None:
     print(f"  {name}: |log-probability| mean {mean:.1e} max {worst:.1e}; loss, norm by step: {' | '.join(parts)}")
 
 
+def layouts_of(model: str, ranks: int, chosen: Sequence[str]) -> list[str]:
+    """Those of the chosen ones that a model can have on so many ranks."""
+    experts = model != "qwen3"
+    found = []
+    for name in chosen:
+        needed, parallel = LAYOUTS[name]
+        divides = "expert_model_parallel_size" in parallel
+        if needed <= ranks and (not divides or experts) and not (name == "tp2" and experts):
+            found.append(name)
+    return found
+
+
 def main() -> None:
-    """Prints a line per layout and precision."""
+    """Prints a line per model, precision and layout."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--cpu-tiny", action="store_true", help="a tiny model on the CPU: only to see that it runs")
-    parser.add_argument("--layouts", default=",".join(LAYOUTS))
+    parser.add_argument("--cpu-tiny", action="store_true", help="tiny models on the CPU: only to see that it runs")
+    parser.add_argument("--ranks", type=int, default=2, help="as many GPUs as there are: layouts of no more")
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--layouts", default=";".join(LAYOUTS), help="divided by ;")
     arguments = parser.parse_args()
-    tiny = arguments.cpu_tiny
-    shape = {**MODEL, **TINY} if tiny else dict(MODEL)
+    for model in arguments.models.split(","):
+        layouts = layouts_of(model, arguments.ranks, arguments.layouts.split(";"))
+        measure(model, layouts, tiny=arguments.cpu_tiny)
+
+
+def measure(model: str, layouts: Sequence[str], *, tiny: bool) -> None:
+    """Prints a line per precision and layout of a model."""
+    shape = {**_SHARED, **MODELS[model], **(TINY if tiny else {})}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape))
         base = {
@@ -186,10 +248,11 @@ def main() -> None:
             with ThreadPoolExecutor(1 if tiny else 4) as pool:
                 first = pool.submit(run, job, 1)
                 others = {"one rank, half the micro-batch": pool.submit(run, {**job, "tokens": job["tokens"] // 2}, 1)}
-                for layout in arguments.layouts.split(","):
-                    others[layout] = pool.submit(run, {**job, "parallel": {**parallel, **LAYOUTS[layout]}}, 2)
+                for layout in layouts:
+                    ranks, divided = LAYOUTS[layout]
+                    others[layout] = pool.submit(run, {**job, "parallel": {**parallel, **divided}}, ranks)
                 reference = first.result()
-                print(f"{precision}: one rank: loss and norm by step {reference[1]}", flush=True)
+                print(f"{model}, {precision}: one rank: loss and norm by step {reference[1]}", flush=True)
                 for name, found in others.items():
                     compare(name, found.result(), reference)
 
