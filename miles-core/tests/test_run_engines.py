@@ -30,15 +30,15 @@ class Cluster:
         self.notes: list[tuple[Any, ...]] = []
         self.left: list[Member] = []
         self.spawned = 0
-        self.lasting: dict[Any, Future[None]] = {}
+        self.until_lost: dict[Any, Future[None]] = {}
 
     def spawn(self, cls: type, name: str, *args: Any) -> Member:
         self.spawned += 1
         return Member(name, f"process {self.spawned}", Path("log"))
 
     def pending(self, member: Member, method: str) -> Future[None]:
-        assert method == "last"
-        return self.lasting.setdefault(member.actor, Future())
+        assert method == "until_lost"
+        return self.until_lost.setdefault(member.actor, Future())
 
     def leave(self, member: Member) -> None:
         self.left.append(member)
@@ -113,7 +113,7 @@ def test_that_one_has_failed_is_known_without_asking_when_it_ends_or_the_collect
     engines, _ = engines_of(cluster)
     known = [engines.failed]
     cluster.dead_members = {"engine 1"}
-    cluster.lasting["process 2"].set_result(None)
+    cluster.until_lost["process 2"].set_result(None)
     known.append(engines.failed)
     assert asyncio.run(engines.mend(COLLECTOR, 1, turns_of(cluster))) is True
     known.append(engines.failed)  # the new one lasts

@@ -280,7 +280,7 @@ class EngineMember(MemberProcess):
         if self.lost is not None:
             raise self.lost
 
-    async def last(self) -> None:
+    async def until_lost(self) -> None:
         """Answers once the engine cannot go on."""
         await self.ended.wait()
 

@@ -28,7 +28,7 @@ class RunEngines:
         self._gone: set[int] = set()  # the numbers of those that are done without
         self._gpus: Sequence[str] = ()  # what each sees, where that is not Ray's to say
         self._failed_in: dict[str, int] = {}  # the step
-        self._lasting: dict[str, asyncio.Future[None]] = {}  # until it cannot go on
+        self._until_lost: dict[str, asyncio.Future[None]] = {}  # by name, done once it cannot go on
         self.taken_out = False
 
     def spawn(self) -> None:
@@ -38,13 +38,13 @@ class RunEngines:
 
     def _spawn(self, index: int) -> Member:
         engine = self._session.spawn(EngineMember, f"engine {index}", self._plan, index, self._model)
-        self._lasting[engine.name] = self._session.pending(engine, "last")
+        self._until_lost[engine.name] = self._session.pending(engine, "until_lost")
         return engine
 
     @property
     def failed(self) -> bool:
         """Whether there is something to mend, as far as is known without asking."""
-        return self.taken_out or any(self._lasting[engine.name].done() for engine in self.members)
+        return self.taken_out or any(self._until_lost[engine.name].done() for engine in self.members)
 
     async def share_gpus(self, trainers: Sequence[Member]) -> None:
         """Colocated engines see the GPUs that Ray gave to the trainer's ranks, and no others."""
